@@ -1,0 +1,47 @@
+"""The operator library: the `crosspoint::` namespace, and the compiled kernels where they were built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["LIBRARY_PATH", "define", "has_kernel", "load_error"]
+
+LIBRARY_PATH = Path(__file__).parent / "libcrosspoint_ops.so"
+
+_namespace = torch.library.Library("crosspoint", "DEF")
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Define the operator `schema`, with `fake` as its shape function; backends add kernels to it."""
+    name = schema.partition("(")[0]
+    _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"crosspoint::{name}", fake, lib=_namespace)
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether operator `name` has a kernel for devices of this type."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"crosspoint::{name}", key)
+
+
+def _load() -> str | None:
+    """Load the compiled kernels; the reason, if that is not possible."""
+    if os.environ.get("CROSSPOINT_NATIVE", "1") == "0":
+        return "switched off by CROSSPOINT_NATIVE=0"
+    if not LIBRARY_PATH.exists():
+        return (
+            "the compiled kernels are not in this installation; with a C++17 compiler, run "
+            "`pip install --no-build-isolation .` where torch >= 2.11 is installed"
+        )
+    try:
+        torch.ops.load_library(LIBRARY_PATH)
+    except OSError as error:
+        return f"{LIBRARY_PATH.name} could not be loaded ({error}); rebuild it against this torch"
+    return None
+
+
+load_error = _load()

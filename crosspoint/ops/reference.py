@@ -1,0 +1,179 @@
+"""Every operator in plain PyTorch: the definitions that all other backends are compared with.
+
+They run on any device and in any floating dtype, and autograd differentiates them. Half types are computed in
+float32. They are written to be read; memory and speed come second.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["edge_conv", "info_nce", "knn", "knn_graph", "nt_xent"]
+
+_PAIRS_AT_ONCE = 1 << 22  # bounds the distance block that is held at a time
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _squared_distances(query: Tensor, points: Tensor) -> Tensor:
+    """(B, M, C), (B, N, C) -> (B, M, N): squared differences, summed over channels; NaN becomes +inf."""
+    dist2 = query.new_zeros(query.shape[0], query.shape[1], points.shape[1])
+    for c in range(query.shape[2]):
+        dist2 = dist2 + (query[:, :, None, c] - points[:, None, :, c]).square()
+    return dist2.masked_fill(dist2.isnan(), torch.inf)
+
+
+def _nearest(
+    query: Tensor, points: Tensor, k: int, lengths: Tensor | None, *, diagonal: float | None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest points of each query by (distance, index), as (dist2, idx); -1 and +inf where there is none.
+
+    `diagonal` replaces the distance of a point to itself: -1 puts it first, NaN leaves it out.
+    """
+    batch, n_query, n_points = query.shape[0], query.shape[1], points.shape[1]
+    column = torch.arange(n_points, device=points.device)
+    valid = column.expand(batch, 1, n_points)
+    valid = valid >= 0 if lengths is None else valid < lengths.view(batch, 1, 1)
+    dist2 = query.new_full((batch, n_query, k), torch.inf)
+    idx = torch.full((batch, n_query, k), -1, dtype=torch.int64, device=query.device)
+    kept = min(k, n_points)
+    step = max(1, _PAIRS_AT_ONCE // max(1, batch * n_points))
+    for start in range(0, n_query, step):
+        block = _squared_distances(query[:, start : start + step], points)
+        exists = valid.expand_as(block)
+        if diagonal is not None:
+            own = column == torch.arange(start, start + block.shape[1], device=points.device)[:, None]
+            if diagonal == diagonal:
+                block = block.masked_fill(own, diagonal)
+            else:
+                exists = exists & ~own
+        # The missing sort after +inf: they are given a second key by moving them behind the rest first.
+        order = (~exists).to(torch.uint8).sort(dim=-1, stable=True).indices
+        moved = block.masked_fill(~exists, torch.inf).gather(-1, order)
+        value, place = moved.sort(dim=-1, stable=True)
+        found = order.gather(-1, place)[..., :kept]
+        there = exists.gather(-1, found)
+        rows = slice(start, start + block.shape[1])
+        dist2[:, rows, :kept] = value[..., :kept].masked_fill(~there, torch.inf)
+        idx[:, rows, :kept] = found.masked_fill(~there, -1)
+    return dist2, idx
+
+
+@torch.no_grad()
+def knn_graph(x: Tensor, k: int, *, lengths: Tensor | None = None, include_self: bool = True) -> Tensor:
+    x = _widen(x)
+    _, idx = _nearest(x, x, k, lengths, diagonal=-1.0 if include_self else float("nan"))
+    if lengths is not None:
+        past = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]
+        idx = idx.masked_fill(past[:, :, None], -1)
+    return idx
+
+
+def knn(
+    query: Tensor,
+    points: Tensor,
+    k: int,
+    *,
+    lengths_query: Tensor | None = None,
+    lengths_points: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    query, points = _widen(query), _widen(points)
+    with torch.no_grad():
+        dist2, idx = _nearest(query, points, k, lengths_points, diagonal=None)
+        if lengths_query is not None:
+            past = (torch.arange(query.shape[1], device=query.device) >= lengths_query[:, None])[:, :, None]
+            dist2, idx = dist2.masked_fill(past, torch.inf), idx.masked_fill(past, -1)
+    finite = dist2.isfinite()
+    batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
+    if points.shape[1] == 0:
+        return dist2 + 0 * (query.sum() + points.sum()), idx
+    neighbours = points[batch, idx.clamp_min(0)]  # (B, M, k, C)
+    difference = torch.where(finite[..., None], query[:, :, None] - neighbours, 0)
+    return torch.where(finite, difference.square().sum(-1), dist2), idx
+
+
+def edge_conv(
+    x: Tensor,
+    idx: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    dtype = x.dtype
+    x, weight = _widen(x), _widen(weight)
+    batch, n, k = idx.shape
+    if x.numel() == 0 or k == 0:
+        return (x.sum() + weight.sum()).mul(0).to(dtype).expand(batch, n, weight.shape[0]).clone()
+    valid = (idx >= 0)[..., None]  # (B, N, k, 1)
+    cloud = torch.arange(batch, device=x.device)[:, None, None]
+    centre = x[:, :, None].expand(batch, n, k, x.shape[2])
+    edges = torch.cat([x[cloud, idx.clamp_min(0)] - centre, centre], dim=-1)  # (B, N, k, 2 C_in)
+    h = torch.where(valid, edges, 0) @ weight.t()  # (B, N, k, C_out)
+
+    if gamma is not None and beta is not None:
+        if training:
+            count = valid.sum()
+            mean = torch.where(valid, h, 0).sum((0, 1, 2)) / count.clamp_min(1)
+            var = torch.where(valid, h - mean, 0).square().sum((0, 1, 2)) / count.clamp_min(1)
+            if running_mean is not None and running_var is not None:
+                with torch.no_grad():
+                    step = torch.where(count > 0, momentum, 0.0).to(mean.dtype)
+                    unbiased = var * (count / (count - 1).clamp_min(1))
+                    running_mean.add_(step * (mean - running_mean))
+                    running_var.add_(step * (unbiased - running_var))
+        else:
+            mean, var = _widen(running_mean), _widen(running_var)
+        h = (h - mean) * torch.rsqrt(var + eps) * _widen(gamma) + _widen(beta)
+    h = F.leaky_relu(h, negative_slope)
+
+    # The first slot that holds the maximum (a NaN is one), among the edges that exist.
+    h = h.masked_fill(~valid, -torch.inf)
+    largest = (h == h.amax(2, keepdim=True)) | h.isnan()
+    slots = torch.arange(k, device=x.device)[:, None].expand_as(h)
+    slot = slots.masked_fill(~(largest & valid), k).amin(2, keepdim=True).clamp_max(k - 1)
+    out = h.gather(2, slot).squeeze(2)
+    return torch.where(valid.any(2), out, 0).to(dtype)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    n = z1.shape[0]
+    z = F.normalize(_widen(torch.cat([z1, z2])), dim=1)
+    if n < 2:
+        return (z.sum() / temperature).mul(0)
+    similarity = z @ z.t() / temperature  # (2N, 2N)
+    own = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    positive = own.roll(n, 0)
+    return _contrast(similarity, positive, negatives=~(own | positive))
+
+
+def info_nce(
+    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, symmetric: bool = True
+) -> Tensor:
+    n = z1.shape[0]
+    z1, z2 = F.normalize(_widen(z1), dim=1), F.normalize(_widen(z2), dim=1)
+    if n < 2:
+        return ((z1.sum() + z2.sum()) / temperature).mul(0)
+    similarity = z1 @ z2.t() / temperature  # (N, N)
+    positive = torch.eye(n, dtype=torch.bool, device=z1.device)
+    loss = _contrast(similarity, positive, negatives=~positive)
+    if symmetric:
+        loss = (loss + _contrast(similarity.t(), positive, negatives=~positive)) / 2
+    return loss
+
+
+def _contrast(similarity: Tensor, positive: Tensor, negatives: Tensor) -> Tensor:
+    """-log softmax at the positive, with the positive kept out of the sum: exact for tiny losses too."""
+    own = similarity.masked_fill(~positive, 0).sum(1)
+    others = similarity.masked_fill(~negatives, -torch.inf).logsumexp(1)
+    return F.softplus(others - own).mean()
