@@ -1,0 +1,122 @@
+"""Weights on disk: one safetensors file that carries the configuration of its model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from crosspoint._files import replace_file
+from crosspoint._optional import require
+from crosspoint._version import __version__
+from crosspoint.models.crosspoint import CrossPoint, CrossPointConfig, build
+
+__all__ = ["load_config", "load_model", "save_model"]
+
+_FILE = "weights.safetensors"
+_METADATA = "crosspoint"
+
+
+def save_model(path: str | os.PathLike, model: nn.Module, config: CrossPointConfig) -> Path:
+    """Write the model's weights and `config`; return the file.
+
+    Args:
+        path: the file, or an existing run folder, which gets `weights.safetensors`. The file appears by
+            rename: a reader finds the old one or the new one, never half of one. Missing folders are made.
+        model: the model that `load_model` will restore, without wrappers (pass `ddp.module`).
+        config: what `build` made the model from.
+    """
+    safetensors = require("safetensors.torch", extra="train")
+    path = _file(path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    header = json.dumps({"version": __version__, "config": config.to_dict()})
+    content = safetensors.save(tensors, metadata={"format": "pt", _METADATA: header})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: file.write(content))
+    return path
+
+
+def load_model(
+    path: str | os.PathLike,
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    impl: str = "auto",
+) -> CrossPoint:
+    """The model of a file that `save_model` wrote.
+
+    Args:
+        path: the file, or the run folder that holds `weights.safetensors`.
+        model: load into this model (for encoders of your own); None builds one from the file's configuration.
+        device: where the model goes.
+        impl: backend of the operators, if the model is built here.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or does not fit the
+    model, listing every tensor that is missing, unexpected, or of another shape. Nothing is loaded in part.
+    """
+    path = _file(path)
+    tensors, header = _read(path)
+    if model is None:
+        model = build(_config(path, header), impl=impl)
+    _check_fit(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, strict=True)
+    return model.to(device)
+
+
+def load_config(path: str | os.PathLike) -> CrossPointConfig:
+    """The configuration in a file that `save_model` wrote; raises as `load_model` does."""
+    path = _file(path)
+    return _config(path, _read(path, header_only=True)[1])
+
+
+def _file(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    return path / _FILE if path.is_dir() else path
+
+
+def _read(path: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], dict]:
+    safetensors = require("safetensors", extra="train")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no weights at {path}: expected a safetensors file, or a run folder that holds {_FILE}"
+        )
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            header = json.loads((file.metadata() or {}).get(_METADATA, "null"))
+            tensors = {} if header_only else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    if header is None:
+        raise ValueError(
+            f"{path} carries no crosspoint configuration: it was not written by crosspoint's save_model"
+        )
+    return tensors, header
+
+
+def _config(path: Path, header: dict) -> CrossPointConfig:
+    try:
+        return CrossPointConfig.from_dict(header["config"])
+    except ValueError as error:
+        raise ValueError(
+            f"{path} was written by crosspoint {header['version']}; this is {__version__}, and it cannot use "
+            f"its configuration: {error}"
+        ) from error
+
+
+def _check_fit(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    shapes = [
+        f"{name} ({tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the model)"
+        for name in sorted(found.keys() & expected.keys())
+        if found[name].shape != expected[name].shape
+    ]
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    text = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
+    if text:
+        raise ValueError(f"the tensors in {path} do not fit the model: {text}")

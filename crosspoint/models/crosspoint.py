@@ -1,0 +1,173 @@
+"""CrossPoint (CVPR 2022, arXiv 2203.00680): contrast two views of a cloud, and their mean with an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from crosspoint.models.dgcnn import DGCNN
+from crosspoint.models.heads import image_projection_head
+from crosspoint.models.resnet import resnet18, resnet50
+from crosspoint.nn import NTXentLoss
+
+__all__ = ["CrossPoint", "CrossPointConfig", "CrossPointOutput", "build"]
+
+
+class CrossPointOutput(NamedTuple):
+    """Losses (scalars) and the projected, un-normalised vectors (B, D) they were computed from."""
+
+    loss: Tensor
+    intra_modal: Tensor
+    cross_modal: Tensor
+    view1: Tensor
+    view2: Tensor
+    image: Tensor
+
+
+class CrossPoint(nn.Module):
+    """A point encoder and an image encoder trained together by two NT-Xent losses, weighted 1 : 1.
+
+    Intra-modal: the projections of two augmented views of a cloud. Cross-modal: the mean of these two
+    projections (before normalisation, not detached) and the projection of an image of the shape. Both views
+    go through the point encoder as one batch of 2B clouds, so they share its batch-norm statistics.
+
+    Args:
+        point_encoder: maps (B, N, 3), and lengths where they are given, to (B, feature_dim), and has a
+            `projection` module.
+        image_encoder: maps (B, 3, H, W) to (B, feature_dim). If it has a `projection` module that is used;
+            else a head is made here for its `feature_dim`, as wide as the point encoder's `projection_dim`.
+        temperature: of both losses.
+        image_feature_dim: feature width of an image encoder that has no `feature_dim` attribute.
+        impl: backend of the loss; the point encoder has its own.
+    """
+
+    def __init__(
+        self,
+        point_encoder: nn.Module,
+        image_encoder: nn.Module,
+        *,
+        temperature: float = 0.1,
+        image_feature_dim: int | None = None,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if not isinstance(getattr(point_encoder, "projection", None), nn.Module):
+            raise ValueError(
+                f"the point encoder ({type(point_encoder).__name__}) needs a `projection` module; "
+                "DGCNN has one unless it was made with projection_dim=None"
+            )
+        self.point_encoder = point_encoder
+        self.image_encoder = image_encoder
+        self.image_projection = None
+        if not isinstance(getattr(image_encoder, "projection", None), nn.Module):
+            self.image_projection = _image_head(point_encoder, image_encoder, image_feature_dim)
+        self.criterion = NTXentLoss(temperature, impl=impl)
+
+    def forward(
+        self, view1: Tensor, view2: Tensor, images: Tensor, lengths: Tensor | None = None
+    ) -> CrossPointOutput:
+        """The losses of a batch.
+
+        Args:
+            view1, view2: (B, N, 3), two augmentations of the same clouds.
+            images: (B, 3, H, W), normalised floats, an image of each shape.
+            lengths: (B,) valid points per cloud, the same in both views; None: all N.
+        """
+        if view1.shape != view2.shape:
+            raise ValueError(
+                f"both views must have one shape (B, N, 3), got {tuple(view1.shape)}, {tuple(view2.shape)}"
+            )
+        if len(images) != len(view1):
+            raise ValueError(f"expected one image per cloud: {len(view1)} clouds, {len(images)} images")
+        points = torch.cat([view1, view2])
+        if lengths is None:
+            feature = self.point_encoder(points)
+        else:
+            feature = self.point_encoder(points, torch.cat([lengths, lengths]))
+        z1, z2 = self.point_encoder.projection(feature).chunk(2)
+        z_image = self.project_images(images)
+        intra_modal = self.criterion(z1, z2)
+        cross_modal = self.criterion((z1 + z2) / 2, z_image)
+        return CrossPointOutput(intra_modal + cross_modal, intra_modal, cross_modal, z1, z2, z_image)
+
+    def project_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, projection_dim)."""
+        feature = self.image_encoder(images)
+        if not isinstance(feature, Tensor) or feature.dim() != 2:
+            got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+            raise ValueError(
+                f"the image encoder ({type(self.image_encoder).__name__}) must return (B, feature_dim), "
+                f"got {got}"
+            )
+        head = self.image_encoder.projection if self.image_projection is None else self.image_projection
+        return head(feature)
+
+
+def _image_head(point_encoder: nn.Module, image_encoder: nn.Module, feature_dim: int | None) -> nn.Module:
+    name = type(image_encoder).__name__
+    if feature_dim is None:
+        feature_dim = getattr(image_encoder, "feature_dim", None)
+    if not isinstance(feature_dim, int):
+        raise ValueError(
+            f"the image encoder ({name}) has neither a `projection` module nor an integer `feature_dim`: "
+            "pass image_feature_dim=, the width of the features that it returns"
+        )
+    projection_dim = getattr(point_encoder, "projection_dim", None)
+    if not isinstance(projection_dim, int):
+        raise ValueError(
+            f"the point encoder ({type(point_encoder).__name__}) needs an integer `projection_dim`, the "
+            f"output width of its `projection`, so that a head of the same width can be made for {name}"
+        )
+    return image_projection_head(feature_dim, projection_dim)
+
+
+_POINT_ENCODERS = {"dgcnn": DGCNN}
+_IMAGE_ENCODERS = {"resnet18": resnet18, "resnet50": resnet50}
+
+
+@dataclass(frozen=True)
+class CrossPointConfig:
+    """What `build` needs to make a CrossPoint; plain values, so that JSON and YAML hold it."""
+
+    point_encoder: Literal["dgcnn"] = "dgcnn"
+    """Encoder of the clouds."""
+    k: int = 20
+    """Neighbours in its graphs, the point itself included."""
+    image_encoder: Literal["resnet18", "resnet50"] = "resnet50"
+    """Encoder of the images."""
+    projection_dim: int = 256
+    """Width of the space in which the losses compare."""
+    temperature: float = 0.1
+    """Temperature of both losses."""
+
+    def __post_init__(self):
+        for field, known in (("point_encoder", _POINT_ENCODERS), ("image_encoder", _IMAGE_ENCODERS)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"{field} must be one of {sorted(known)}, got {getattr(self, field)!r}")
+        for field in ("k", "projection_dim"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CrossPointConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown CrossPointConfig keys {unknown}; known: {sorted(known)}")
+        return cls(**values)
+
+
+def build(config: CrossPointConfig, *, impl: str = "auto") -> CrossPoint:
+    """A CrossPoint with fresh weights from torch's global generator; `impl` is the operators' backend."""
+    points = _POINT_ENCODERS[config.point_encoder](config.k, projection_dim=config.projection_dim, impl=impl)
+    images = _IMAGE_ENCODERS[config.image_encoder](projection_dim=config.projection_dim)
+    return CrossPoint(points, images, temperature=config.temperature, impl=impl)

@@ -1,0 +1,116 @@
+"""Edge convolution (DGCNN, arXiv 1801.07829) as modules over (B, N, C) features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from crosspoint.ops import edge_conv, knn_graph
+
+__all__ = ["DynamicEdgeConv", "EdgeConv"]
+
+
+class EdgeConv(nn.Module):
+    """max over the neighbours j of i of LeakyReLU(BatchNorm(weight @ [x_j - x_i, x_i])).
+
+    The parameters are those of `nn.Conv2d(2 * in_channels, out_channels, 1, bias=False)` followed by
+    `nn.BatchNorm2d(out_channels)`, with the same initialisation; the statistics run over all edges.
+
+    `bn` only holds the affine parameters and the running statistics and is never called. Its `training`,
+    `momentum` (None: cumulative average) and `track_running_stats` mean what they mean in PyTorch, so
+    `module.bn.eval()` freezes the statistics alone.
+
+    Args:
+        in_channels: C_in of x.
+        out_channels: C_out.
+        negative_slope: of the LeakyReLU, >= 0; 0 is ReLU.
+        eps, momentum, track_running_stats: of the batch norm.
+        impl: backend of `crosspoint.ops.edge_conv`.
+
+    Shapes: x (B, N, C_in), idx (B, N, k) int64 with -1 for an edge that does not exist -> (B, N, C_out).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        negative_slope: float = 0.2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if in_channels < 1 or out_channels < 1:
+            raise ValueError(f"channels must be positive, got in {in_channels}, out {out_channels}")
+        if not negative_slope >= 0:
+            raise ValueError(f"negative_slope must be >= 0, got {negative_slope}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.negative_slope = negative_slope
+        self.impl = impl
+        self.weight = nn.Parameter(torch.empty(out_channels, 2 * in_channels))
+        self.bn = nn.BatchNorm1d(
+            out_channels, eps=eps, momentum=momentum, track_running_stats=track_running_stats
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bn.reset_parameters()
+
+    def forward(self, x: Tensor, idx: Tensor) -> Tensor:
+        bn = self.bn
+        has_running = bn.running_mean is not None
+        updates = bn.training and bn.track_running_stats and has_running
+        momentum = self._count_batch() if updates else 0.0
+        uses_running = updates or not bn.training
+        return edge_conv(
+            x,
+            idx,
+            self.weight,
+            bn.weight,
+            bn.bias,
+            bn.running_mean if uses_running else None,
+            bn.running_var if uses_running else None,
+            training=bn.training or not has_running,
+            momentum=momentum,
+            eps=bn.eps,
+            negative_slope=self.negative_slope,
+            impl=self.impl,
+        )
+
+    def _count_batch(self) -> float:
+        """Advance the batch counter; return the weight of this batch in the running statistics."""
+        self.bn.num_batches_tracked.add_(1)
+        if self.bn.momentum is None:
+            return 1.0 / float(self.bn.num_batches_tracked)
+        return self.bn.momentum
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.in_channels}, {self.out_channels}"
+        return f"{sizes}, negative_slope={self.negative_slope}, impl={self.impl!r}"
+
+
+class DynamicEdgeConv(EdgeConv):
+    """EdgeConv on the k-NN graph of its own input, each point among its own neighbours.
+
+    Args: those of `EdgeConv`, and k, the number of neighbours.
+
+    Shapes: x (B, N, C_in), lengths (B,) or None -> (B, N, C_out); rows past `lengths` give 0.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, k: int = 20, **options):
+        super().__init__(in_channels, out_channels, **options)
+        if k < 1:
+            raise ValueError(f"k must be positive, got {k}")
+        self.k = k
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return super().forward(x, knn_graph(x, self.k, lengths=lengths, impl=self.impl))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, k={self.k}"
