@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY_PATH", "define", "has_kernel", "load_error"]
+__all__ = ["LIBRARY_PATH", "cpu_variant", "define", "has_kernel", "load_error"]
 
 LIBRARY_PATH = Path(__file__).parent / "libcrosspoint_ops.so"
 
@@ -44,4 +44,10 @@ def _load() -> str | None:
     return None
 
 
+_namespace.define("cpu_variant() -> str")
 load_error = _load()
+
+
+def cpu_variant() -> str:
+    """The instruction-set variant of the CPU kernels that this process runs: "avx512", "avx2" or "baseline"."""
+    return torch.ops.crosspoint.cpu_variant()

@@ -31,4 +31,4 @@ def edge_conv(
     )
 
 
-_dispatch.register("edge_conv", "edge_conv", "edge_conv_backward")
+_dispatch.register("edge_conv")

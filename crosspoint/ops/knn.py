@@ -29,5 +29,5 @@ def knn(
     return reference.knn(query, points, k, lengths_query=lengths_query, lengths_points=lengths_points)
 
 
-_dispatch.register("knn_graph", "knn_graph")
-_dispatch.register("knn", "knn")
+_dispatch.register("knn_graph")
+_dispatch.register("knn")

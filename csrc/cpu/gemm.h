@@ -1,0 +1,178 @@
+// Matrix products on packed operands: a register-tiled micro-kernel, and a product whose right operand is packed once.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "vec.h"
+
+namespace crosspoint::CROSSPOINT_ISA {
+
+// A tile of the result held in registers: `rows` x `vectors` vectors, which leaves two for the right operand and one to broadcast.
+template <class T>
+struct Tile {
+#if defined(__AVX512F__)
+  static constexpr int rows = 12;
+#elif defined(__AVX2__) || defined(__aarch64__)
+  static constexpr int rows = 6;
+#else
+  static constexpr int rows = 4;
+#endif
+  static constexpr int vectors = 2;
+  static constexpr int columns = vectors * lanes<T>;
+  static constexpr int64_t depth = 256;  // of one pass: panels of the right operand stay in L1
+};
+
+// Uninitialised, cache-line aligned storage.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) { resize(size); }
+
+  void resize(int64_t size) {
+    if (size <= size_) return;
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+    size_ = size;
+  }
+
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](int64_t i) { return data_.get()[i]; }
+  const T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t size_ = 0;
+};
+
+// A strided view of a matrix: element (i, j) is data[i * row_stride + j * column_stride].
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t row_stride;
+  int64_t column_stride;
+
+  const T* at(int64_t i, int64_t j) const { return data + i * row_stride + j * column_stride; }
+  Strided from(int64_t i, int64_t j) const { return {at(i, j), row_stride, column_stride}; }
+  Strided transposed() const { return {data, column_stride, row_stride}; }
+};
+
+// Packs `width` lines (rows of a left operand, columns of a right one) of `depth` elements as depth x width, zeros beyond `width` up to `padded`.
+template <class T>
+inline void pack_panel(Strided<T> lines, int64_t width, int64_t depth, int64_t padded, T* out) {
+  if (lines.row_stride == 1) {
+    for (int64_t p = 0; p < depth; ++p) {
+      const T* source = lines.at(0, p);
+      T* target = out + p * padded;
+      for (int64_t i = 0; i < width; ++i) target[i] = source[i];
+      for (int64_t i = width; i < padded; ++i) target[i] = T(0);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < padded; ++i) {
+    if (i < width) {
+      const T* source = lines.at(i, 0);
+      for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = source[p * lines.column_stride];
+    } else {
+      for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = T(0);
+    }
+  }
+}
+
+// acc += a b, for a packed depth x Tile::rows and b packed depth x Tile::columns.
+template <class T>
+inline void multiply_panels(int64_t depth, const T* a, const T* b, Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
+  for (int64_t p = 0; p < depth; ++p) {
+    const Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
+#pragma GCC unroll 12
+    for (int i = 0; i < Tile<T>::rows; ++i) {
+      const Vec<T> broadcast = splat(a[i]);
+      acc[i][0] += broadcast * b0;
+      acc[i][1] += broadcast * b1;
+    }
+    a += Tile<T>::rows;
+    b += Tile<T>::columns;
+  }
+}
+
+// A right operand (depth x columns), packed once and shared by all threads.
+template <class T>
+class Packed {
+ public:
+  Packed(int64_t depth, int64_t columns, Strided<T> b)
+      : depth_(depth), columns_(columns), data_(depth * padded(columns)) {
+    for (int64_t p = 0; p < depth; p += Tile<T>::depth) {
+      const int64_t dp = std::min(Tile<T>::depth, depth - p);
+      for (int64_t j = 0; j < columns; j += Tile<T>::columns)
+        pack_panel(b.from(p, j).transposed(), std::min<int64_t>(Tile<T>::columns, columns - j), dp,
+                   int64_t(Tile<T>::columns), data_.data() + p * padded(columns) + j * dp);
+    }
+  }
+
+  int64_t depth() const { return depth_; }
+  int64_t columns() const { return columns_; }
+  // The panel of columns [j, j + Tile::columns) for the pass that starts at depth p and is dp deep.
+  const T* panel(int64_t p, int64_t dp, int64_t j) const { return data_.data() + p * padded(columns_) + j * dp; }
+
+ private:
+  static int64_t padded(int64_t columns) {
+    return (columns + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns;
+  }
+
+  int64_t depth_;
+  int64_t columns_;
+  Buffer<T> data_;
+};
+
+// c (rows x b.columns(), row-major with stride ldc) = a b, or += if accumulate. One thread; callers split rows.
+template <class T>
+void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc, bool accumulate = false) {
+  constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns, L = lanes<T>;
+  constexpr int64_t block = 8 * R;  // rows packed at a time: they stay in L2
+  thread_local Buffer<T> packed_a;
+  packed_a.resize(block * Tile<T>::depth);
+  for (int64_t i0 = 0; i0 < rows; i0 += block) {
+    const int64_t block_rows = std::min(block, rows - i0);
+    for (int64_t p = 0; p < b.depth(); p += Tile<T>::depth) {
+      const int64_t dp = std::min(Tile<T>::depth, b.depth() - p);
+      for (int64_t i = 0; i < block_rows; i += R)
+        pack_panel(a.from(i0 + i, p), std::min(R, block_rows - i), dp, R, packed_a.data() + i * dp);
+      for (int64_t j = 0; j < b.columns(); j += W) {
+        const int64_t width = std::min(W, b.columns() - j);
+        for (int64_t i = 0; i < block_rows; i += R) {
+          Vec<T> acc[R][2] = {};
+          multiply_panels(dp, packed_a.data() + i * dp, b.panel(p, dp, j), acc);
+          const bool add = accumulate || p > 0;
+          const int64_t height = std::min(R, block_rows - i);
+          T* target = c + (i0 + i) * ldc + j;
+          if (width == W) {
+            for (int64_t r = 0; r < height; ++r, target += ldc) {
+              store(target, add ? load(target) + acc[r][0] : acc[r][0]);
+              store(target + L, add ? load(target + L) + acc[r][1] : acc[r][1]);
+            }
+          } else {
+            T line[W];
+            for (int64_t r = 0; r < height; ++r, target += ldc) {
+              store(line, acc[r][0]);
+              store(line + L, acc[r][1]);
+              for (int64_t x = 0; x < width; ++x) target[x] = add ? target[x] + line[x] : line[x];
+            }
+          }
+        }
+      }
+    }
+    if (b.depth() == 0 && !accumulate)
+      for (int64_t i = 0; i < block_rows; ++i) std::fill_n(c + (i0 + i) * ldc, b.columns(), T(0));
+  }
+}
+
+}  // namespace crosspoint::CROSSPOINT_ISA

@@ -1,0 +1,68 @@
+// What every binding needs: torch's stable ABI, its thread pool as a Parallel, typed pointers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "crosspoint/parallel.h"
+
+namespace crosspoint::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Parallel torch_pool() {
+  const auto run = [](int64_t n, int64_t grain, Parallel::Body body, void* context) {
+    torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return Parallel(run, static_cast<int>(torch::stable::get_num_threads()));
+}
+
+template <class T>
+inline constexpr ScalarType dtype_of = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType dtype_of<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType dtype_of<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType dtype_of<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType dtype_of<uint8_t> = ScalarType::Byte;
+
+// float64 stays; float32 and the half types are computed in float32.
+inline ScalarType compute_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// x as contiguous memory of the given dtype (itself where it already is).
+inline Tensor dense(const Tensor& x, ScalarType dtype) {
+  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+}
+
+template <class T>
+const T* data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Calls f(T{}) with T = double or float, after compute_dtype.
+template <class F>
+auto with_compute_type(ScalarType dtype, F&& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+}  // namespace crosspoint::binding
