@@ -1,0 +1,1 @@
+"""Downstream protocols for pre-trained encoders, their pictures, and the demo."""
