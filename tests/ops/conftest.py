@@ -1,0 +1,22 @@
+import pytest
+
+from op_tester import DTYPES, OpTester, compiled_backends
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise the battery by what the operator under test lists and by the backends that are usable here."""
+    tester = metafunc.cls
+    if tester is None or not issubclass(tester, OpTester):
+        return
+    backends = compiled_backends(tester.op)
+    values = {
+        "backend": (backends, ["-".join(pair) for pair in backends]),
+        "dtype": (DTYPES, [str(dtype).removeprefix("torch.") for dtype in DTYPES]),
+        "case": (list(tester.cases()), None),
+        "bad_call": (list(tester.bad_calls()), None),
+        "operator_call": (list(tester.operator_calls()), None),
+        "dynamic": ([False, True], ["static", "dynamic"]),
+    }
+    for name, (arguments, ids) in values.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, arguments, ids=ids)
