@@ -43,7 +43,7 @@ inline void store(T* p, Vec<T> v) {
 
 template <class T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // x - 0 is x for every x, a negative zero too, so the compiler drops the subtraction
 }
 
 // Elementwise; where either side is NaN the result is b, as the hardware's maximum has it.
