@@ -72,6 +72,10 @@ class BuildOperatorLibrary(build_ext):
         # No Python symbol is used, so the name carries no Python version.
         return str(Path(*fullname.split("."))) + ".so"
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "kernels")  # one place, so that every way to build reuses it
+
     def build_extension(self, extension: Extension) -> None:
         include, library = torch_paths()
         headers = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__)])
@@ -81,7 +85,9 @@ class BuildOperatorLibrary(build_ext):
             relative = str(source.relative_to(ROOT))
             folder = str(Path(self.build_temp) / label)
             (built,) = self.compiler.object_filenames([relative], output_dir=folder)
-            fresh = Path(built).exists() and Path(built).stat().st_mtime > max(source.stat().st_mtime, headers)
+            fresh = Path(built).exists() and Path(built).stat().st_mtime > max(
+                source.stat().st_mtime, headers
+            )
             if self.force or not fresh:
                 torch_headers = include if label == "torch" else []
                 Path(built).parent.mkdir(parents=True, exist_ok=True)

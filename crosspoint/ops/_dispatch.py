@@ -59,7 +59,9 @@ def choose(op: str, impl: str, device: torch.device) -> str:
     if rows is None:
         if impl == "auto":
             return "reference"
-        raise RuntimeError(f"{op}: impl={impl!r} has no kernels for {device.type} tensors; use impl='reference'")
+        raise RuntimeError(
+            f"{op}: impl={impl!r} has no kernels for {device.type} tensors; use impl='reference'"
+        )
     if impl == "auto":
         for backend, why in rows.items():
             if why is None:

@@ -157,9 +157,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1) -> Tensor
     return _contrast(similarity, positive, negatives=~(own | positive))
 
 
-def info_nce(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, symmetric: bool = True
-) -> Tensor:
+def info_nce(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, symmetric: bool = True) -> Tensor:
     n = z1.shape[0]
     z1, z2 = F.normalize(_widen(z1), dim=1), F.normalize(_widen(z2), dim=1)
     if n < 2:
