@@ -4,10 +4,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
 #include "vec.h"
+
+// Elements of two equal vectors, by index into both: GCC had it under its own name only before version 12.
+#if defined(__clang__) || __GNUC__ >= 12
+#define CROSSPOINT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CROSSPOINT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#endif
 
 namespace crosspoint::CROSSPOINT_ISA {
 
@@ -66,26 +74,49 @@ struct Strided {
   Strided transposed() const { return {data, column_stride, row_stride}; }
 };
 
-// Packs `width` lines (rows of a left operand, columns of a right one) of `depth` elements as depth x width, zeros beyond `width` up to `padded`.
+// Four lines of four floats, transposed in registers: element p of line i goes to out[p * stride + i].
+inline void transpose_4x4(const float* lines, int64_t line_stride, float* out, int64_t stride) {
+  typedef float Quad __attribute__((vector_size(16)));
+  Quad row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], lines + i * line_stride, sizeof row[i]);
+  const Quad low01 = CROSSPOINT_SHUFFLE(row[0], row[1], 0, 4, 1, 5);
+  const Quad low23 = CROSSPOINT_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
+  const Quad high01 = CROSSPOINT_SHUFFLE(row[0], row[1], 2, 6, 3, 7);
+  const Quad high23 = CROSSPOINT_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
+  row[0] = CROSSPOINT_SHUFFLE(low01, low23, 0, 1, 4, 5);
+  row[1] = CROSSPOINT_SHUFFLE(low01, low23, 2, 3, 6, 7);
+  row[2] = CROSSPOINT_SHUFFLE(high01, high23, 0, 1, 4, 5);
+  row[3] = CROSSPOINT_SHUFFLE(high01, high23, 2, 3, 6, 7);
+  for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &row[i], sizeof row[i]);
+}
+
+// Packs `width` lines (rows of a left operand, columns of a right one) of `depth` elements as depth x padded, zeros beyond `width`.
+// Inlined so that `padded`, a constant at every call, gives copies of a fixed size.
 template <class T>
-inline void pack_panel(Strided<T> lines, int64_t width, int64_t depth, int64_t padded, T* out) {
-  if (lines.row_stride == 1) {
-    for (int64_t p = 0; p < depth; ++p) {
-      const T* source = lines.at(0, p);
-      T* target = out + p * padded;
-      for (int64_t i = 0; i < width; ++i) target[i] = source[i];
-      for (int64_t i = width; i < padded; ++i) target[i] = T(0);
-    }
+[[gnu::always_inline]] inline void pack_panel(Strided<T> lines, int64_t width, int64_t depth, int64_t padded, T* out) {
+  if (lines.row_stride == 1 && width == padded) {
+    for (int64_t p = 0; p < depth; ++p) std::memcpy(out + p * padded, lines.at(0, p), padded * sizeof(T));
     return;
   }
-  for (int64_t i = 0; i < padded; ++i) {
-    if (i < width) {
-      const T* source = lines.at(i, 0);
-      for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = source[p * lines.column_stride];
-    } else {
-      for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = T(0);
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    for (; lines.column_stride == 1 && i + 4 <= width; i += 4) {
+      int64_t p = 0;
+      for (; p + 4 <= depth; p += 4) transpose_4x4(lines.at(i, p), lines.row_stride, out + p * padded + i, padded);
+      for (; p < depth; ++p)
+        for (int64_t r = i; r < i + 4; ++r) out[p * padded + r] = *lines.at(r, p);
     }
   }
+  for (; i < width; ++i)
+    for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = *lines.at(i, p);
+  for (; i < padded; ++i)
+    for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = T(0);
+}
+
+template <class T, int rows>
+inline void clear(Vec<T> (&acc)[rows][2]) {
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
 }
 
 // acc += a b, for a packed depth x Tile::rows and b packed depth x Tile::columns.
@@ -149,12 +180,19 @@ void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc,
       for (int64_t j = 0; j < b.columns(); j += W) {
         const int64_t width = std::min(W, b.columns() - j);
         for (int64_t i = 0; i < block_rows; i += R) {
-          Vec<T> acc[R][2] = {};
+          Vec<T> acc[R][2];
+          clear<T>(acc);
           multiply_panels(dp, packed_a.data() + i * dp, b.panel(p, dp, j), acc);
           const bool add = accumulate || p > 0;
           const int64_t height = std::min(R, block_rows - i);
           T* target = c + (i0 + i) * ldc + j;
-          if (width == W) {
+          if (width == W && height == R) {
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r, target += ldc) {
+              store(target, add ? load(target) + acc[r][0] : acc[r][0]);
+              store(target + L, add ? load(target + L) + acc[r][1] : acc[r][1]);
+            }
+          } else if (width == W) {
             for (int64_t r = 0; r < height; ++r, target += ldc) {
               store(target, add ? load(target) + acc[r][0] : acc[r][0]);
               store(target + L, add ? load(target + L) + acc[r][1] : acc[r][1]);
