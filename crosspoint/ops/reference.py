@@ -123,12 +123,12 @@ def edge_conv(
 
     if gamma is not None and beta is not None:
         if training:
-            count = valid.sum()
+            count = valid.sum().to(h.dtype)
             mean = torch.where(valid, h, 0).sum((0, 1, 2)) / count.clamp_min(1)
             var = torch.where(valid, h - mean, 0).square().sum((0, 1, 2)) / count.clamp_min(1)
             if running_mean is not None and running_var is not None:
                 with torch.no_grad():
-                    step = torch.where(count > 0, momentum, 0.0).to(mean.dtype)
+                    step = momentum * (count > 0).to(count.dtype)
                     unbiased = var * (count / (count - 1).clamp_min(1))
                     running_mean.add_(step * (mean - running_mean))
                     running_var.add_(step * (unbiased - running_var))
