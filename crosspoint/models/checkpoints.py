@@ -55,7 +55,8 @@ def load_model(
         impl: backend of the operators, if the model is built here.
 
     Raises FileNotFoundError if there is no such file, ValueError if it is not one of ours or does not fit the
-    model, listing every tensor that is missing, unexpected, or of another shape. Nothing is loaded in part.
+    model, listing every tensor that is missing, unexpected, or of another shape or dtype. A model that was
+    passed is then unchanged.
     """
     path = _file(path)
     tensors, header = _read(path)
@@ -107,16 +108,20 @@ def _config(path: Path, header: dict) -> CrossPointConfig:
 
 
 def _check_fit(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    shapes = [
-        f"{name} ({tuple(found[name].shape)} in the file, {tuple(expected[name].shape)} in the model)"
+    differing = [
+        f"{name} ({_form(found[name])} in the file, {_form(expected[name])} in the model)"
         for name in sorted(found.keys() & expected.keys())
-        if found[name].shape != expected[name].shape
+        if _form(found[name]) != _form(expected[name])
     ]
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": shapes,
+        "of another shape or dtype": differing,
     }
     text = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
     if text:
         raise ValueError(f"the tensors in {path} do not fit the model: {text}")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

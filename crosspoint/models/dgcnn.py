@@ -80,6 +80,8 @@ class DGCNN(nn.Module):
         if points.dim() != 3 or points.shape[2] != 3 or points.shape[1] == 0:
             raise ValueError(f"points must be (B, N, 3) with N >= 1, got {tuple(points.shape)}")
         convs = (self.conv1, self.conv2, self.conv3, self.conv4)
+        if lengths is not None:
+            _check_lengths(lengths, points)
         if graphs is not None and len(graphs) != len(convs):
             raise ValueError(f"graphs must hold {len(convs)} neighbour lists, got {len(graphs)}")
 
@@ -104,7 +106,7 @@ class DGCNN(nn.Module):
         bad = next((i for i, size in enumerate(sizes) if not 0 <= size <= n), None)
         if bad is not None:
             raise IndexError(f"lengths[{bad}] is {sizes[bad]}; expected 0 <= length <= N = {n}")
-        valid = torch.arange(n, device=x.device) < lengths.to(x.device).unsqueeze(1)  # (B, N)
+        valid = torch.arange(n, device=x.device) < lengths.unsqueeze(1)  # (B, N)
         h = self._conv5(rows[valid.view(-1)])
         clouds = h.split(sizes)
         empty = h.new_zeros(h.shape[1])
@@ -118,3 +120,11 @@ class DGCNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, impl={self.impl!r}"
+
+
+def _check_lengths(lengths: Tensor, points: Tensor) -> None:
+    b = points.shape[0]
+    if lengths.shape != (b,) or lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"lengths must be ({b},) int32 or int64, got {tuple(lengths.shape)} {lengths.dtype}")
+    if lengths.device != points.device:
+        raise ValueError(f"lengths must be on {points.device}, as the points are; got {lengths.device}")

@@ -13,20 +13,16 @@ def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn
     return nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
 
 
+def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
 class _Block(nn.Module):
-    """Residual block: subclasses set `expansion` and the layers of `residual`."""
+    """Residual block: subclasses make the layers, `downsample` (or None) and `residual`."""
 
     expansion: int
-
-    def __init__(self, in_channels: int, width: int, stride: int):
-        super().__init__()
-        out_channels = width * self.expansion
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                _conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels)
-            )
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -37,11 +33,13 @@ class _BasicBlock(_Block):
     expansion = 1
 
     def __init__(self, in_channels: int, width: int, stride: int):
-        super().__init__(in_channels, width, stride)
+        super().__init__()
         self.conv1 = _conv(in_channels, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(in_channels, width, stride)
 
     def residual(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -52,7 +50,7 @@ class _Bottleneck(_Block):
     expansion = 4
 
     def __init__(self, in_channels: int, width: int, stride: int):
-        super().__init__(in_channels, width, stride)
+        super().__init__()
         self.conv1 = _conv(in_channels, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
         # torchvision's variant: the 3x3 convolution carries the stride
@@ -60,6 +58,8 @@ class _Bottleneck(_Block):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = _conv(width, width * 4, 1)
         self.bn3 = nn.BatchNorm2d(width * 4)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(in_channels, width * 4, stride)
 
     def residual(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
