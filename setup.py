@@ -1,6 +1,7 @@
 """Builds the operator library: csrc/cpu once per instruction set, csrc/torch once, linked into one shared object.
 
 CROSSPOINT_BUILD=0 installs without compiling anything; the plain-PyTorch reference then runs every operator.
+CROSSPOINT_SANITIZE=address,undefined builds with the compiler's sanitizers (see `make sanitize`).
 MAX_JOBS limits the compilers that run at a time.
 """
 
@@ -14,6 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
+SANITIZE = os.environ.get("CROSSPOINT_SANITIZE", "")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 COMMON_FLAGS = [
@@ -28,6 +30,9 @@ COMMON_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+if SANITIZE:
+    COMMON_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-z,defs", "-s"]
 VARIANT_FLAGS = {"baseline": []}
 if X86:
     VARIANT_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
@@ -74,7 +79,8 @@ class BuildOperatorLibrary(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "kernels")  # one place, so that every way to build reuses it
+        # One place, so that every way to build reuses the objects.
+        self.build_temp = str(ROOT / "build" / ("kernels" if not SANITIZE else "kernels-sanitized"))
 
     def build_extension(self, extension: Extension) -> None:
         include, library = torch_paths()
@@ -107,7 +113,7 @@ class BuildOperatorLibrary(build_ext):
             self.get_ext_fullpath(extension.name),
             library_dirs=library,
             libraries=["torch", "torch_cpu", "c10"],
-            extra_postargs=["-Wl,-z,defs", "-s"],
+            extra_postargs=LINK_FLAGS,
             target_lang="c++",
         )
 

@@ -10,7 +10,8 @@ import torch
 
 __all__ = ["LIBRARY_PATH", "cpu_variant", "define", "has_kernel", "load_error"]
 
-LIBRARY_PATH = Path(__file__).parent / "libcrosspoint_ops.so"
+# CROSSPOINT_LIBRARY names another build of the same kernels, such as one with sanitizers.
+LIBRARY_PATH = Path(os.environ.get("CROSSPOINT_LIBRARY") or Path(__file__).parent / "libcrosspoint_ops.so")
 
 _namespace = torch.library.Library("crosspoint", "DEF")
 
