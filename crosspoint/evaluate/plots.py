@@ -46,16 +46,15 @@ def tsne(features: np.ndarray, *, seed: int = 0) -> np.ndarray:  # (n, d) -> (n,
     """t-SNE positions after PCA to at most 50 dimensions; perplexity 30, or a third of a smaller set."""
     if len(features) < 4:
         raise ValueError(f"t-SNE needs at least 4 features, got {len(features)}")
+    if (features == features[0]).all():
+        raise ValueError("all features are equal: there is nothing to embed. Has the encoder collapsed?")
     decomposition = require("sklearn.decomposition", extra="eval")
     manifold = require("sklearn.manifold", extra="eval")
-    features = features.astype(np.float64)
     size = min(50, len(features) - 1, features.shape[1])
-    reduced = decomposition.PCA(size, random_state=seed).fit_transform(features)
-    scale = reduced[:, 0].std()
-    if scale == 0:
-        raise ValueError("all features are equal: there is nothing to embed. Has the encoder collapsed?")
+    reduced = decomposition.PCA(size, random_state=seed).fit_transform(features.astype(np.float64))
+    reduced /= reduced[:, 0].std()
     perplexity = min(30.0, (len(features) - 1) / 3)
-    return manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced / scale)
+    return manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(reduced)
 
 
 def class_colours(count: int) -> list[tuple[float, float, float]]:

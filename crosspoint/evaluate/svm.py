@@ -12,7 +12,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,11 @@ from crosspoint.models import CrossPointConfig, build, checkpoints
 from crosspoint.train.config import PretrainConfig, config_to_dict, load_config
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from sklearn.svm import SVC
 
 __all__ = [
+    "Evaluation",
     "LinearSvm",
     "SvmConfig",
     "SvmResult",
@@ -42,6 +44,8 @@ __all__ = [
     "evaluate_svm",
     "fit_linear_svm",
     "format_table",
+    "run_protocol",
+    "versions",
 ]
 
 log = logging.getLogger(__name__)
@@ -198,80 +202,105 @@ def fit_linear_svm(
     )
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    results: dict[str, Any]  # what svm.json holds
+    test_features: dict[str, np.ndarray]  # by encoder, (n_test, feature_dim)
+    test_predictions: dict[str, np.ndarray]  # by encoder, (n_test,)
+    test_labels: np.ndarray  # (n_test,)
+
+
 def evaluate_svm(config: SvmConfig) -> dict[str, Any]:
     """Run the protocol on ModelNet40; write svm.json and svm.png, print a table, return what svm.json holds.
 
     Keys: svm_accuracy and svm_accuracy_random_init (None where not evaluated), encoders (for each its
     accuracy, c, grid, per_class, confusion, seconds), class_names, sizes, seconds_total, config, versions.
     """
-    start = time.perf_counter()
     for module in ("sklearn", "h5py", "tqdm") + ("matplotlib",) * config.picture:
         require(module, extra="eval")  # now, not after minutes of embedding
+    out = _output_folder(config)
+    evaluation = run_protocol(config)
+    written = [out / "svm.json"]
+    text = json.dumps(evaluation.results, indent=2)
+    replace_file(written[0], lambda file: file.write(text.encode()))
+    if config.picture:
+        written.append(out / "svm.png")
+        plots.save_figure(_picture(evaluation, config.seed), written[1])
+    print(format_table(evaluation.results))
+    print(f"written: {', '.join(map(str, written))}")
+    return evaluation.results
+
+
+def run_protocol(config: SvmConfig) -> Evaluation:
+    """Embed ModelNet40 with every encoder and fit its SVM; writes nothing."""
+    start = time.perf_counter()
     if config.run is None and not config.random_init:
         raise ValueError("nothing to evaluate: give a run, or leave random_init on")
-    out = _output_folder(config)
-    train = load_modelnet40(config.data, "train", points=config.points)
-    test = load_modelnet40(config.data, "test", points=config.points)
-    if list(train.class_names) != list(test.class_names):
+    device = resolve_device(config.device)
+    splits = {split: load_modelnet40(config.data, split, points=config.points) for split in ("train", "test")}
+    class_names = [str(name) for name in splits["test"].class_names]
+    if [str(name) for name in splits["train"].class_names] != class_names:
         raise ValueError(f"the train and test splits under {config.data} name different classes")
-    class_names = [str(name) for name in test.class_names]
     upright = _up_axis(config.run)
-    train_points, test_points = (turn_upright(split.points, config.up, upright) for split in (train, test))
-    train_labels, test_labels = np.asarray(train.labels), np.asarray(test.labels)
+    points = {
+        split: turn_upright(np.asarray(clouds.points), config.up, upright) for split, clouds in splits.items()
+    }
+    labels = {split: np.asarray(clouds.labels) for split, clouds in splits.items()}
 
     encoders: dict[str, Any] = {}
-    test_features, predictions = {}, {}
-    for key, encoder in _encoders(config):
-        encoder.to(resolve_device(config.device))
+    test_features, test_predictions = {}, {}
+    for key, encoder in _encoders(config).items():
         begin = time.perf_counter()
-        features = [
-            embed(encoder, points, batch_size=config.batch_size, description=f"{NAMES[key]}, {split}")
-            for split, points in (("train", train_points), ("test", test_points))
-        ]
+        features = {
+            split: embed(
+                encoder,
+                points[split],
+                batch_size=config.batch_size,
+                device=device,
+                description=f"{key}, {split}",
+            )
+            for split in points
+        }
         embedded = time.perf_counter() - begin
         result = fit_linear_svm(
-            features[0],
-            train_labels,
-            features[1],
-            test_labels,
+            features["train"],
+            labels["train"],
+            features["test"],
+            labels["test"],
             c_grid=config.c_grid,
             holdout=config.holdout,
             seed=config.seed,
         )
-        test_features[key], predictions[key] = features[1], result.predictions
+        test_features[key], test_predictions[key] = features["test"], result.predictions
         encoders[key] = {
             "accuracy": result.accuracy,
             "c": result.c,
             "c_at_edge": result.c_at_edge,
             "grid": [{"c": c, "holdout_accuracy": accuracy} for c, accuracy in result.grid.items()],
-            "per_class": _per_class(test_labels, result.predictions, class_names),
-            "confusion": plots.confusion_counts(test_labels, result.predictions, len(class_names)).tolist(),
+            "per_class": _per_class(labels["test"], result.predictions, class_names),
+            "confusion": plots.confusion_counts(
+                labels["test"], result.predictions, len(class_names)
+            ).tolist(),
             "seconds_embed": embedded,
             "seconds_svm": result.seconds,
         }
-
     results = {
         "svm_accuracy": encoders.get("pretrained", {}).get("accuracy"),
         "svm_accuracy_random_init": encoders.get("random_init", {}).get("accuracy"),
         "encoders": encoders,
         "class_names": class_names,
         "sizes": {
-            "train": len(train_labels),
-            "test": len(test_labels),
+            "train": len(labels["train"]),
+            "test": len(labels["test"]),
             "classes": len(class_names),
-            "points": train_points.shape[1],
+            "points": points["test"].shape[1],
             "feature_dim": next(iter(test_features.values())).shape[1],
         },
         "seconds_total": time.perf_counter() - start,
         "config": config_to_dict(config),
         "versions": versions(),
     }
-    replace_file(out / "svm.json", lambda file: file.write(json.dumps(results, indent=2).encode()))
-    if config.picture:
-        _draw(out / "svm.png", results, test_features, predictions, test_labels, config.seed)
-    print(format_table(results))
-    print(f"written: {out / 'svm.json'}" + (f", {out / 'svm.png'}" if config.picture else ""))
-    return results
+    return Evaluation(results, test_features, test_predictions, labels["test"])
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -322,16 +351,14 @@ def _up_axis(run: str | Path | None) -> str:
     return load_config(PretrainConfig, recipe).up if recipe.is_file() else "y"
 
 
-def _encoders(config: SvmConfig) -> Iterator[tuple[str, torch.nn.Module]]:
-    """The encoders to evaluate, made one after the other."""
+def _encoders(config: SvmConfig) -> dict[str, torch.nn.Module]:
+    """The encoders to evaluate; the caller's random state stays as it is."""
     architecture = CrossPointConfig() if config.run is None else checkpoints.load_config(config.run)
-    if config.run is not None:
-        yield "pretrained", checkpoints.load_model(config.run).point_encoder
-    if config.random_init:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            encoder = build(architecture).point_encoder
-        yield "random_init", encoder
+    with torch.random.fork_rng(devices=[]):
+        saved = None if config.run is None else checkpoints.load_model(config.run).point_encoder
+        torch.manual_seed(config.seed)
+        fresh = build(architecture).point_encoder if config.random_init else None
+    return {key: each for key, each in (("pretrained", saved), ("random_init", fresh)) if each is not None}
 
 
 def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
@@ -343,21 +370,13 @@ def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequenc
     }
 
 
-def _draw(
-    path: Path,
-    results: dict[str, Any],
-    features: dict[str, np.ndarray],
-    predictions: dict[str, np.ndarray],
-    labels: np.ndarray,
-    seed: int,
-) -> None:
-    encoders = results["encoders"]
-    figure = plots.svm_figure(
-        {NAMES[key]: plots.tsne(each, seed=seed) for key, each in features.items()},
+def _picture(evaluation: Evaluation, seed: int) -> Figure:
+    encoders = evaluation.results["encoders"]
+    return plots.svm_figure(
+        {NAMES[key]: plots.tsne(each, seed=seed) for key, each in evaluation.test_features.items()},
         {NAMES[key]: entry["accuracy"] for key, entry in encoders.items()},
         {NAMES[key]: entry["per_class"] for key, entry in encoders.items()},
-        labels,
-        next(iter(predictions.values())),
-        results["class_names"],
+        evaluation.test_labels,
+        next(iter(evaluation.test_predictions.values())),
+        evaluation.results["class_names"],
     )
-    plots.save_figure(figure, path)
