@@ -33,7 +33,8 @@ def save_model(path: str | os.PathLike, model: nn.Module, config: CrossPointConf
     path = _file(path)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     header = json.dumps({"version": __version__, "config": config.to_dict()})
-    content = safetensors.save(tensors, metadata={"format": "pt", _METADATA: header})
+    # one key alone: safetensors writes several in random order, and equal weights should be equal files
+    content = safetensors.save(tensors, metadata={_METADATA: header})
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda file: file.write(content))
     return path

@@ -97,14 +97,14 @@ class CrossPoint(nn.Module):
     def project_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, projection_dim)."""
         feature = self.image_encoder(images)
-        if not isinstance(feature, Tensor) or feature.dim() != 2:
+        if self.image_projection is None:
+            return self.image_encoder.projection(feature)
+        width = self.image_projection[0].in_features
+        if not isinstance(feature, Tensor) or feature.dim() != 2 or feature.shape[1] != width:
             got = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-            raise ValueError(
-                f"the image encoder ({type(self.image_encoder).__name__}) must return (B, feature_dim), "
-                f"got {got}"
-            )
-        head = self.image_encoder.projection if self.image_projection is None else self.image_projection
-        return head(feature)
+            name = type(self.image_encoder).__name__
+            raise ValueError(f"the image encoder ({name}) must return (B, {width}), got {got}")
+        return self.image_projection(feature)
 
 
 def _image_head(point_encoder: nn.Module, image_encoder: nn.Module, feature_dim: int | None) -> nn.Module:
