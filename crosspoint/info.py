@@ -1,0 +1,125 @@
+"""What is usable on this machine, and for what is not, why and what to do. Needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+
+import numpy as np
+import torch
+
+from crosspoint._version import __version__
+from crosspoint.ops import describe_backends
+
+__all__ = ["missing_packages", "report"]
+
+
+def report() -> str:
+    """The text of `crosspoint info`."""
+    return "\n\n".join(
+        f"{title}\n" + "\n".join(f"  {line}" for line in lines)
+        for title, lines in (
+            (f"crosspoint {__version__}", _versions()),
+            ("Devices", _devices()),
+            *((f"Operators on {device}", _operators(device)) for device in _usable_devices()),
+            ("Extras", _extras()),
+        )
+    )
+
+
+def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
+    """For each extra in `requirements` (as package metadata lists them), its packages that are absent."""
+    packages: dict[str, list[str]] = {}
+    for requirement in requirements:
+        extra = re.search(r"""extra\s*==\s*['"]([\w.-]+)['"]""", requirement)
+        if extra:
+            name = re.match(r"[\w.-]+", requirement)[0]
+            packages.setdefault(extra[1], [])
+            if name != "crosspoint":  # crosspoint[train] inside [eval]: its packages are listed under [train]
+                packages[extra[1]].append(name)
+    return {extra: [n for n in names if not _installed(n)] for extra, names in packages.items()}
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _versions() -> list[str]:
+    return _table(
+        [
+            ("python", platform.python_version()),
+            ("torch", torch.__version__),
+            ("numpy", np.__version__),
+            ("system", f"{platform.system()} {platform.machine()}"),
+        ]
+    )
+
+
+def _devices() -> list[str]:
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = [
+        (
+            "cpu",
+            f"{torch.backends.cpu.get_cpu_capability()}, {affinity} cores, {torch.get_num_threads()} threads",
+        )
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = properties.total_memory / 2**30
+            rows.append(
+                (f"cuda:{i}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+            )
+    elif torch.version.cuda is None and torch.version.hip is None:
+        rows.append(
+            ("cuda", "no: this torch was built without CUDA; pytorch.org lists the builds that have it")
+        )
+    else:
+        rows.append(
+            ("cuda", f"no: torch (CUDA {torch.version.cuda}) finds no GPU; does `nvidia-smi` list one?")
+        )
+    return _table(rows)
+
+
+def _usable_devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _operators(device: str) -> list[str]:
+    """A table of ops by backends, then each reason once."""
+    rows = [row for row in describe_backends() if row.device == device]
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    usable = {(row.op, row.backend): "yes" if row.usable else "no" for row in rows}
+    table = [("", *backends)]
+    for op in dict.fromkeys(row.op for row in rows):
+        table.append((op, *(usable[op, backend] for backend in backends)))
+    reasons = dict.fromkeys(f"no {row.backend}: {row.why}" for row in rows if not row.usable)
+    return [*_table(table), *reasons]
+
+
+def _extras() -> list[str]:
+    try:
+        requirements = importlib.metadata.requires("crosspoint") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ["crosspoint runs from a folder and is not installed: pip install --no-build-isolation -e ."]
+    return _table(
+        [
+            (f"[{extra}]", f"no: {', '.join(missing)} missing; pip install 'crosspoint[{extra}]'")
+            if missing
+            else (f"[{extra}]", "yes")
+            for extra, missing in missing_packages(requirements).items()
+        ]
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -1,0 +1,209 @@
+"""The recipe of a pre-training run, and recipes as YAML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from crosspoint._files import replace_file
+from crosspoint._optional import require
+from crosspoint.models import CrossPointConfig
+
+__all__ = ["PretrainConfig", "config_from_dict", "config_to_dict", "flatten", "load_config", "save_config"]
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class PretrainConfig:
+    """Pre-train an encoder with CrossPoint on pairs of point clouds and rendered images.
+
+    Writes a run folder: config.yaml, weights.safetensors, state.pt, log.jsonl and tensorboard/. The
+    defaults are the authors' recipe.
+    """
+
+    data: str = "generated"
+    """Folder with ShapeNet/ and ShapeNetRendering/ (`crosspoint prepare` makes one from meshes), or
+    "generated": built-in shapes, made under OUT/data."""
+    out: str = "runs/pretrain"
+    """Run folder to write."""
+    resume: bool = False
+    """Continue the run in OUT from its last checkpoint; start it if there is none yet."""
+    seed: int = 0
+    """One seed for the initial weights, the order of the shapes, the views and the augmentations."""
+    epochs: int = 100
+    """Passes over the shapes; the learning rate falls along a cosine over all of them."""
+    batch_size: int = 20
+    """Shapes per step. What is left of an epoch's shuffle after the last full batch waits for the next epoch:
+    a small batch would give its anchors few negatives."""
+    points: int = 2048
+    """Points per cloud."""
+    image_size: int = 224
+    """Height and width of the images, in pixels."""
+    lr: float = 1e-3
+    """Learning rate of Adam in the first epoch."""
+    weight_decay: float = 1e-6
+    """L2 penalty in Adam."""
+    up: Literal["y", "z"] = "y"
+    """Up axis of the clouds: augmentation rotates about it."""
+    workers: int = 2
+    """Processes that load data; 0 loads in the training process. Changes no result."""
+    device: str = "auto"
+    """"auto" (the first GPU, else the CPU) or a torch device such as "cpu" or "cuda:1"."""
+    amp: bool = False
+    """Compute the forward pass in bfloat16 where autocast allows it."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: one after every epoch. The end always gets one."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl. The last step of an epoch always gets one."""
+    model: CrossPointConfig = field(default_factory=lambda: CrossPointConfig(k=15))
+    """The point encoder, the image encoder and the loss."""
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the option, if a value cannot work."""
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, allowed, rule in (
+            ("lr", self.lr > 0, "be positive"),
+            ("weight_decay", self.weight_decay >= 0, "not be negative"),
+            ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
+        ):
+            if not allowed:
+                raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
+
+
+# A batch of one shape has no negatives.
+_LEAST = {
+    "seed": 0,
+    "epochs": 1,
+    "batch_size": 2,
+    "points": 1,
+    "image_size": 1,
+    "workers": 0,
+    "checkpoint_every": 0,
+    "log_every": 1,
+}
+
+
+def load_config(cls: type[Config], path: str | Path) -> Config:
+    """The `cls` that a YAML file describes; keys it leaves out keep their defaults.
+
+    Raises ValueError, naming the key, for keys that `cls` does not have and values of the wrong type.
+    """
+    yaml = require("yaml", extra="train")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    try:
+        return config_from_dict(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save_config(path: str | Path, config: Any) -> None:
+    """Write a config dataclass as YAML that `load_config` reads back to an equal one."""
+    yaml = require("yaml", extra="train")
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested dicts, lists and scalars."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def config_from_dict(cls: type[Config], values: Any) -> Config:
+    """The inverse of `config_to_dict`, checking every key and type."""
+    return _build(cls, values, "")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return config_to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        where = prefix.rstrip(".") or "the file"
+        raise ValueError(f"{where} must hold `key: value` lines, got {values!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise ValueError(_unknown_key(str(key), names, prefix))
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+
+
+def _unknown_key(key: str, names: list[str], prefix: str) -> str:
+    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{nearest[0]!s}?" if nearest else f"valid keys: {', '.join(names)}"
+    return f"unknown key {prefix}{key}; {hint}"
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _convert(value, args[0], key)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    if origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _convert(value, option, key)
+            except ValueError as error:
+                failure = error
+        raise failure
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{key} must be one of {', '.join(map(repr, args))}, got {value!r}")
+    if origin in (list, tuple):
+        if isinstance(value, (list, tuple)):
+            return origin(_convert(item, args[0], f"{key}[{i}]") for i, item in enumerate(value))
+    elif hint is float:
+        # YAML 1.1 reads 1e-3, without a point, as a string.
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is Path:
+        if isinstance(value, (str, Path)):
+            return Path(value)
+    elif hint is Any or isinstance(value, type(None) if hint is None else hint):
+        return value
+    raise ValueError(f"{key} must be {_type_name(hint)}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}.get(
+        hint, str(hint)
+    )

@@ -1,0 +1,326 @@
+"""The pre-training loop.
+
+Every random decision is a function of the seed and the step (or epoch): the order of the shapes, the view of
+each, both augmentations, and PyTorch's global generator during the step. So a run that is killed and resumed
+from a checkpoint, in the middle of an epoch too, goes through the same numbers as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from crosspoint import models
+from crosspoint._device import resolve_device
+from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
+from crosspoint.models import checkpoints
+from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
+from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
+from crosspoint.train.log import RunLog
+
+__all__ = ["learning_rate", "pretrain"]
+
+log = logging.getLogger(__name__)
+
+GENERATED = "generated"
+
+# One stream of random numbers per purpose.
+_INIT, _SHUFFLE, _STEP, _AUGMENT = range(4)
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Run (or, with `config.resume`, continue) the pre-training that `config` describes; returns a summary.
+
+    The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt and weights.safetensors.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is off.
+        FileNotFoundError: there is no data.
+        ValueError: the options cannot work, or are not those of the run to continue.
+        FloatingPointError: the loss or a gradient is not finite; the state before that step is saved.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
+    """
+    config.validate()
+    out = Path(config.out)
+    state = _find_state(config, out)
+    device = resolve_device(config.device)
+    dataset = _dataset(config, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if state is None:
+        save_config(out / "config.yaml", _without_resume(config))
+    with _isolated(device):
+        return _Run(config, dataset, device, state).train()
+
+
+def learning_rate(config: PretrainConfig, epoch: int) -> float:
+    """The rate of an epoch, counted from 0: a cosine that would reach 0 one epoch after the last."""
+    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+class _Run:
+    def __init__(
+        self, config: PretrainConfig, dataset: PairDataset, device: torch.device, state: TrainState | None
+    ) -> None:
+        self.config, self.dataset, self.device = config, dataset, device
+        self.out = Path(config.out)
+        self.shapes = _fingerprint(dataset)
+        self.steps_per_epoch = len(dataset) // config.batch_size
+        self.total = config.epochs * self.steps_per_epoch
+        torch.manual_seed(_seed(config.seed, _INIT))
+        self.model = models.build(config.model).to(device).train()
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        )
+        self.cloud_augmentation = CloudAugmentation(up=config.up)
+        self.image_augmentation = ImageAugmentation(size=config.image_size)
+        self.step, self.metrics, self.seconds = 0, {}, 0.0
+        if state is not None:
+            self._restore(state)
+
+    def train(self) -> dict[str, Any]:
+        config = self.config
+        left_out = len(self.dataset) % config.batch_size
+        log.info(
+            "%d shapes, %d steps of %d an epoch%s, %d epochs, on %s%s",
+            len(self.dataset),
+            self.steps_per_epoch,
+            config.batch_size,
+            f" ({left_out} shapes, different ones, sit out each)" if left_out else "",
+            config.epochs,
+            self.device,
+            f"; continuing after step {self.step} of {self.total}" if self.step else "",
+        )
+        run_log = RunLog(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
+        before, started = self.seconds, time.perf_counter()
+        with contextlib.closing(run_log), _Signals() as signals:
+            for batch in self._batches():
+                epoch = self.step // self.steps_per_epoch
+                self.metrics = self._train_step(batch, epoch)
+                self.step += 1
+                self.seconds = before + time.perf_counter() - started
+                ends_epoch = self.step % self.steps_per_epoch == 0
+                run_log.advance(self.metrics["loss"], f"{epoch + 1}/{config.epochs}")
+                if ends_epoch or self.step % config.log_every == 0:
+                    run_log.write(self.step, epoch + 1, self.metrics)
+                every = config.checkpoint_every or self.steps_per_epoch
+                if signals.received or self.step % every == 0 or self.step == self.total:
+                    self._save()
+                if signals.received and self.step < self.total:
+                    raise KeyboardInterrupt(
+                        f"stopped by {signals.received} after step {self.step} of {self.total}; "
+                        "the state is saved: the same command with --resume continues"
+                    )
+        return {
+            "out": str(self.out),
+            "shapes": len(self.dataset),
+            "epochs": config.epochs,
+            "steps": self.step,
+            **self.metrics,
+            "seconds": round(self.seconds, 3),
+            "shapes_per_second": round(self.step * config.batch_size / max(self.seconds, 1e-9), 3),
+        }
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        config = self.config
+        return iter(
+            DataLoader(
+                _AtEpoch(self.dataset),
+                batch_sampler=_Schedule(len(self.dataset), config, self.step, self.total),
+                num_workers=config.workers,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_ignore_interrupts,
+                generator=torch.Generator(),
+            )
+        )
+
+    def _train_step(self, batch: dict[str, Tensor], epoch: int) -> dict[str, float]:
+        config, device, step = self.config, self.device, self.step
+        torch.manual_seed(_seed(config.seed, _STEP, step))
+        # On the CPU, so that every device sees the same views.
+        generator = torch.Generator().manual_seed(_seed(config.seed, _AUGMENT, step))
+        points = batch["points"].to(device, non_blocking=True)  # (B, N, 3)
+        images = batch["image"].to(device, non_blocking=True)  # (B, 3, H, W), uint8
+        view1 = self.cloud_augmentation(points, generator)
+        view2 = self.cloud_augmentation(points, generator)
+        images = self.image_augmentation(images, generator)
+
+        lr = learning_rate(config, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
+            output = self.model(view1, view2, images)
+        output.loss.backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        values = torch.stack([output.loss, output.intra_modal, output.cross_modal, norm]).tolist()
+        metrics = dict(zip(("loss", "intra_modal", "cross_modal", "grad_norm"), values, strict=True))
+        if not all(map(math.isfinite, values)):
+            for buffer, former in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(former)
+            self._stop_at_non_finite(metrics, batch)
+        self.optimizer.step()
+        return {**metrics, "lr": lr}
+
+    def _stop_at_non_finite(self, metrics: dict[str, float], batch: dict[str, Tensor]) -> None:
+        self._save()
+        values = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        names = ", ".join(self.dataset.names[i] for i in batch["index"].tolist())
+        raise FloatingPointError(
+            f"step {self.step + 1}: {values}; the state before it is saved, --resume repeats the step. "
+            f"Its shapes: {names}. Look for NaN or infinity in them, else lower --lr"
+        )
+
+    def _save(self) -> None:
+        # Weights first: a kill in between leaves a state that will write them again.
+        checkpoints.save_model(self.out / "weights.safetensors", self.model, self.config.model)
+        state = TrainState(
+            step=self.step,
+            config=config_to_dict(_without_resume(self.config)),
+            shapes=self.shapes,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            metrics=self.metrics,
+            seconds=self.seconds,
+        )
+        save_state(self.out / "state.pt", state)
+
+    def _restore(self, state: TrainState) -> None:
+        if state.shapes != self.shapes:
+            raise ValueError(
+                f"{self.config.data} does not hold the shapes that the run in {self.out} was started on; "
+                "a run can only continue on the same ones"
+            )
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.step, self.metrics, self.seconds = state.step, state.metrics, state.seconds
+
+
+class _AtEpoch(Dataset):
+    """Items by (epoch, index), so that one set of loader processes serves all epochs."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        self.dataset.set_epoch(epoch)
+        return self.dataset[index]
+
+
+class _Schedule(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of every step from `first` to the end of the run."""
+
+    def __init__(self, shapes: int, config: PretrainConfig, first: int, total: int) -> None:
+        self.shapes, self.config, self.first, self.total = shapes, config, first, total
+
+    def __len__(self) -> int:
+        return self.total - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.config.batch_size
+        order, order_epoch = [], -1
+        for step in range(self.first, self.total):
+            epoch, batch = divmod(step, self.shapes // size)
+            if epoch != order_epoch:
+                generator = torch.Generator().manual_seed(_seed(self.config.seed, _SHUFFLE, epoch))
+                order, order_epoch = torch.randperm(self.shapes, generator=generator).tolist(), epoch
+            yield [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a note, so that the step in progress can end; a second acts at once."""
+
+    received = ""
+
+    def __enter__(self) -> _Signals:
+        self._former = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt(f"stopped at once by a second {signal.Signals(number).name}")
+        self.received = signal.Signals(number).name
+
+
+def _ignore_interrupts(_: int) -> None:
+    # A terminal sends Ctrl-C to the loader processes too; the training process decides when they end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _seed(seed: int, *key: int) -> int:
+    # 63 bits, the range that every generator takes.
+    return int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random state alone, and let cuDNN choose no kernel that adds in varying order."""
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+    ):
+        yield
+
+
+def _find_state(config: PretrainConfig, out: Path) -> TrainState | None:
+    if not config.resume:
+        for name in ("state.pt", "config.yaml"):
+            if (out / name).exists():
+                raise FileExistsError(
+                    f"{out} already holds a run; pass --resume to continue it, or another --out to start one"
+                )
+        return None
+    if not (out / "state.pt").exists():
+        log.info("%s holds no checkpoint yet: starting at step 0", out)
+        return None
+    state = load_state(out / "state.pt")
+    check_same_run(state.config, config_to_dict(config))
+    return state
+
+
+def _dataset(config: PretrainConfig, out: Path) -> PairDataset:
+    root = Path(config.data)
+    if config.data == GENERATED:
+        from crosspoint.data.prepare import PrepareConfig, prepare
+
+        root = out / "data"
+        prepare(PrepareConfig(meshes=GENERATED, out=root, points=config.points, up=config.up))
+    dataset = PairDataset(root, points=config.points, image_size=config.image_size, seed=config.seed)
+    if len(dataset) < config.batch_size:
+        raise ValueError(
+            f"{root} holds {len(dataset)} shapes, fewer than one batch of {config.batch_size}: "
+            f"add shapes, or pass --batch-size {len(dataset)} or less"
+        )
+    return dataset
+
+
+def _fingerprint(dataset: PairDataset) -> str:
+    return hashlib.sha256("\n".join(dataset.names).encode()).hexdigest()
+
+
+def _without_resume(config: PretrainConfig) -> PretrainConfig:
+    """The recipe, which does not depend on how often it was interrupted."""
+    return PretrainConfig(**{**config.__dict__, "resume": False})

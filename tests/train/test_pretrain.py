@@ -1,0 +1,360 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
+from torch import nn
+
+from crosspoint import models
+from crosspoint.train import pretrain
+from crosspoint.train.checkpoint import load_state
+from crosspoint.train.config import load_config
+from crosspoint.train.log import read_log
+
+ROOT = Path(tiny_run.__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_run.write_pairs(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture(autouse=True)
+def small_and_repeatable(monkeypatch):
+    monkeypatch.setattr(models, "build", tiny_run.build_tiny)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run that was never interrupted: its folder and its summary."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "build", tiny_run.build_tiny)
+        torch.set_num_threads(1)
+        summary = pretrain(tiny_config(data, out))
+    return out, summary
+
+
+def weights(out):
+    return load_state(out / "state.pt").model
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_run_folder(data, finished):
+    out, summary = finished
+    assert {p.name for p in out.iterdir()} == {
+        "config.yaml", "log.jsonl", "state.pt", "tensorboard", "weights.safetensors",
+    }  # fmt: skip
+    assert load_config(type(tiny_config(data, out)), out / "config.yaml") == tiny_config(data, out)
+    records = read_log(out / "log.jsonl")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["epoch"] for r in records] == [1, 1, 2, 2, 3, 3]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["intra_modal"] + record["cross_modal"], rel=1e-6)
+        assert {"lr", "grad_norm", "shapes_per_second"} < record.keys()
+    assert summary["shapes"] == SHAPES
+    assert summary["steps"] == STEPS
+    assert summary["loss"] == records[-1]["loss"]
+    assert summary["shapes_per_second"] > 0
+    json.dumps(summary)
+
+
+def test_weights_file_holds_the_final_weights(finished):
+    safetensors = pytest.importorskip("safetensors.torch")
+    out, _ = finished
+    stored = safetensors.load_file(out / "weights.safetensors")
+    for name, value in weights(out).items():
+        assert torch.equal(stored[name], value), name
+
+
+def test_tensorboard_gets_every_logged_value(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, _ = finished
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    records = read_log(out / "log.jsonl")
+    for name in ("loss", "intra_modal", "cross_modal", "lr"):
+        scalars = events.Scalars(f"train/{name}")
+        assert [s.step for s in scalars] == [r["step"] for r in records]
+        assert [s.value for s in scalars] == pytest.approx([r[name] for r in records], rel=1e-6)
+
+
+def test_learning_rate_is_a_cosine_that_never_trains_at_zero(finished):
+    out, _ = finished
+    rates = [r["lr"] for r in read_log(out / "log.jsonl")][::2]
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
+    long = tiny_config(Path(), out, epochs=100)
+    rates = [pretrain_module.learning_rate(long, epoch) for epoch in range(100)]
+    assert rates[0] == long.lr
+    assert rates == sorted(rates, reverse=True)
+    assert rates[50] == pytest.approx(long.lr / 2)
+    assert 0 < rates[-1] < 1e-3 * long.lr
+
+
+def test_same_seed_same_weights_whatever_the_loader(data, finished, tmp_path):
+    out, _ = finished
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    pretrain(tiny_config(data, tmp_path / "again", workers=2))
+    assert_same_weights(out, tmp_path / "again")
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random state changed"
+
+
+def test_another_seed_other_weights(data, finished, tmp_path):
+    out, _ = finished
+    pretrain(tiny_config(data, tmp_path / "other", seed=1))
+    first, second = read_log(out / "log.jsonl")[0], read_log(tmp_path / "other/log.jsonl")[0]
+    assert first["loss"] != second["loss"]
+
+
+def test_every_epoch_draws_full_batches_of_distinct_shapes(data, tmp_path, monkeypatch):
+    seen, views = [], []
+
+    class Spy(pretrain_module.PairDataset):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            seen.append(index)
+            views.append(item["image"].float().mean().item())
+            return item
+
+    monkeypatch.setattr(pretrain_module, "PairDataset", Spy)
+    pretrain(tiny_config(data, tmp_path / "run"))
+    used = SHAPES // BATCH * BATCH
+    epochs = [seen[i : i + used] for i in range(0, len(seen), used)]
+    assert len(epochs) == EPOCHS
+    assert all(len(set(epoch)) == used for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == EPOCHS
+    drawn = {}
+    for index, view in zip(seen, views, strict=True):
+        drawn.setdefault(index, set()).add(view)
+    assert max(map(len, drawn.values())) == 2, "one shape shows one view in all epochs"
+
+
+def test_killed_and_resumed_equals_uninterrupted(data, finished, tmp_path):
+    """One run, killed again and again: in a step, in the middle of an epoch, while writing either file."""
+    out = tmp_path / "killed"
+    script = Path(tiny_run.__file__)
+    assert 3 % (SHAPES // BATCH), "the first checkpoint, after step 3, is to fall into an epoch"
+    moments = [  # where it dies, and the step of the state that this leaves
+        ("step", 1, None),
+        ("state.pt", 0, None),
+        ("step", 4, 3),
+        ("step", 1, 3),
+        ("weights.safetensors", 0, 3),
+        ("state.pt", 0, 3),
+    ]
+    for where, nth, step in moments:
+        done = subprocess.run(
+            [sys.executable, script, data, out, where, str(nth)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert (out / "state.pt").exists() == (step is not None)
+        assert step is None or load_state(out / "state.pt").step == step
+    summary = pretrain(tiny_config(data, out, checkpoint_every=3, resume=True))
+    assert_same_weights(finished[0], out)
+    assert summary["loss"] == finished[1]["loss"]
+    timeless = [
+        [{k: v for k, v in r.items() if k != "shapes_per_second"} for r in read_log(folder / "log.jsonl")]
+        for folder in (finished[0], out)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves(data, finished, tmp_path, monkeypatch, number):
+    out = tmp_path / "stopped"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    original = nn.utils.get_total_norm
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            nn.utils, "get_total_norm", lambda *a, **k: (signal.raise_signal(number), original(*a, **k))[1]
+        )
+        with pytest.raises(KeyboardInterrupt, match=f"{number.name} after step 1 of 6.*--resume"):
+            pretrain(tiny_config(data, out, checkpoint_every=100))
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert load_state(out / "state.pt").step == 1
+    pretrain(tiny_config(data, out, checkpoint_every=100, resume=True))
+    assert_same_weights(finished[0], out)
+
+
+def test_runs_outside_the_main_thread(data, tmp_path):
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(pretrain(tiny_config(data, tmp_path / "thread", epochs=1)))
+    )
+    thread.start()
+    thread.join()
+    assert results[0]["steps"] == 2
+
+
+def test_a_second_run_in_the_same_folder_is_refused(data, finished):
+    out, _ = finished
+    before = (out / "state.pt").stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="--resume"):
+        pretrain(tiny_config(data, out))
+    assert (out / "state.pt").stat().st_mtime_ns == before
+
+
+def test_resuming_a_finished_run_changes_nothing(data, finished):
+    out, summary = finished
+    log = (out / "log.jsonl").read_bytes()
+    again = pretrain(tiny_config(data, out, resume=True))
+    assert again["steps"] == STEPS
+    assert again["loss"] == summary["loss"]
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs": 4}, "epochs: 3 in the run, 4 now"),
+        ({"lr": 0.1}, "lr: 0.001 in the run, 0.1 now"),
+        (
+            {"model": models.CrossPointConfig(k=5, image_encoder="resnet18", projection_dim=16)},
+            r"model\.k: 4",
+        ),
+    ],
+)
+def test_resuming_with_other_options_names_them(data, finished, changes, named):
+    with pytest.raises(ValueError, match=named):
+        pretrain(replace(tiny_config(data, finished[0], resume=True), **changes))
+
+
+def test_resuming_on_other_shapes_is_refused(finished, tmp_path):
+    other = tiny_run.write_pairs(tmp_path / "other", SHAPES + 1)
+    with pytest.raises(ValueError, match="does not hold the shapes"):
+        pretrain(tiny_config(other, finished[0], resume=True))
+
+
+def test_a_moved_data_folder_may_resume(finished, tmp_path):
+    copy = tiny_run.write_pairs(tmp_path / "moved")
+    assert pretrain(tiny_config(copy, finished[0], resume=True, workers=1))["steps"] == STEPS
+
+
+def test_fewer_shapes_than_a_batch(data, tmp_path):
+    with pytest.raises(ValueError, match=f"{SHAPES} shapes, fewer than one batch of 12"):
+        pretrain(tiny_config(data, tmp_path / "run", batch_size=12))
+
+
+def test_no_data_says_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="ShapeNetRendering"):
+        pretrain(tiny_config(tmp_path / "nowhere", tmp_path / "run"))
+    assert not (tmp_path / "run").exists(), "a run that never started left a folder"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_size": 1}, "batch_size"),
+        ({"epochs": 0}, "epochs"),
+        ({"lr": 0.0}, "lr"),
+        ({"device": "gpu"}, "gpu"),
+    ],
+)
+def test_options_that_cannot_work(data, tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        pretrain(tiny_config(data, tmp_path / "run", **changes))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_stops_with_the_state_before_it(data, finished, tmp_path, monkeypatch, where):
+    out = tmp_path / "nan"
+    steps = []
+
+    def poison(module, inputs):
+        steps.append(1)
+        if len(steps) == 4:
+            if where == "loss":
+                inputs[0][0] = float("nan")
+            else:
+                inputs[0].register_hook(lambda gradient: gradient * float("inf"))
+
+    def build(config):
+        model = tiny_run.build_tiny(config)
+        target = model.point_encoder if where == "loss" else model.image_encoder.layers[1]
+        target.register_forward_pre_hook(poison)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "build", build)
+        with pytest.raises(FloatingPointError, match=r"step 4: loss .* Its shapes: (chair|table)/shape\d\d"):
+            pretrain(tiny_config(data, out, checkpoint_every=100))
+    state = load_state(out / "state.pt")
+    assert state.step == 3
+    assert all(value.isfinite().all() for value in state.model.values())
+    # Without the poison the run goes on from there as if nothing had been.
+    pretrain(tiny_config(data, out, checkpoint_every=100, resume=True))
+    assert_same_weights(finished[0], out)
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(data, finished, tmp_path, monkeypatch):
+    out = tmp_path / "full"
+    original = pretrain_module.save_state
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(path, state):
+        if state.step < 3:
+            return original(path, state)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        try:
+            return original(path, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_module, "save_state", save_on_a_full_disk)
+        with pytest.raises(OSError, match=r"checkpoint of step 3 .* former one, if any, is intact"):
+            pretrain(tiny_config(data, out))
+    assert load_state(out / "state.pt").step == 2
+    assert not list(out.glob("*.tmp"))
+    pretrain(tiny_config(data, out, resume=True))
+    assert_same_weights(finished[0], out)
+
+
+def test_a_state_file_of_something_else_is_refused(data, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match=r"state\.pt"):
+        pretrain(tiny_config(data, out, resume=True))
+
+
+def test_loads_the_state_without_running_code(finished):
+    torch.load(finished[0] / "state.pt", weights_only=True)
+
+
+def test_bfloat16(data, tmp_path):
+    summary = pretrain(tiny_config(data, tmp_path / "amp", amp=True, epochs=1))
+    assert summary["loss"] > 0
+    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "amp").values())
+
+
+def test_trains(data, tmp_path):
+    out = tmp_path / "long"
+    pretrain(tiny_config(data, out, epochs=15, checkpoint_every=100))
+    losses = [r["loss"] for r in read_log(out / "log.jsonl")]
+    assert sum(losses[-6:]) / 6 < 0.9 * sum(losses[:6]) / 6
