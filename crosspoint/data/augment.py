@@ -90,14 +90,14 @@ class CloudAugmentation:
         b, n, _ = points.shape
 
         scale = draws.uniform(b, 1, 1, low=self.scale[0], high=self.scale[1])
-        angle = draws.uniform(b, high=2 * torch.pi)
+        angle = draws.uniform(b, 1, high=2 * torch.pi)
         shift = draws.uniform(b, 1, 3, low=-self.translation, high=self.translation)
         noise = draws.normal(b, n, 3, std=self.jitter_std).clamp_(-self.jitter_clip, self.jitter_clip)
         ratio = draws.uniform(b, 1, high=self.max_dropout)
         dropped = draws.uniform(b, n) < ratio
 
         x = _unit_sphere(points) * scale.to(dtype)
-        x = x @ _rotation(angle, _AXES[self.up]).to(dtype).transpose(1, 2)
+        x = _rotate(x, angle.to(dtype), _AXES[self.up])
         extent = x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
         x = x + shift.to(dtype) * extent + noise.to(dtype)
         return torch.where(dropped.unsqueeze(2), x[:, :1], x)
@@ -110,17 +110,14 @@ def _unit_sphere(points: Tensor) -> Tensor:
     return x / radius.where(radius > 0, 1.0)
 
 
-def _rotation(angle: Tensor, axis: int) -> Tensor:
-    """(B,) angles -> (B, 3, 3) right-handed rotations about a coordinate axis."""
+def _rotate(x: Tensor, angle: Tensor, axis: int) -> Tensor:
+    """(B, N, 3), (B, 1) angles: right-handed about a coordinate axis, whose coordinate stays as it is."""
     i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrix = angle.new_zeros(len(angle), 3, 3)
     cos, sin = angle.cos(), angle.sin()
-    matrix[:, axis, axis] = 1
-    matrix[:, i, i] = cos
-    matrix[:, j, j] = cos
-    matrix[:, i, j] = -sin
-    matrix[:, j, i] = sin
-    return matrix
+    rotated = x.clone()
+    rotated[:, :, i] = cos * x[:, :, i] - sin * x[:, :, j]
+    rotated[:, :, j] = sin * x[:, :, i] + cos * x[:, :, j]
+    return rotated
 
 
 @dataclass(frozen=True)
