@@ -113,25 +113,53 @@ template <class T>
     for (int64_t p = 0; p < depth; ++p) out[p * padded + i] = T(0);
 }
 
-template <class T, int rows>
-inline void clear(Vec<T> (&acc)[rows][2]) {
+template <class T>
+inline void clear(Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
 #pragma GCC unroll 12
-  for (int i = 0; i < rows; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+  for (int i = 0; i < Tile<T>::rows; ++i) acc[i][0] = acc[i][1] = Vec<T>{};
+}
+
+// acc += a b where a(i, p) is a[i * row_stride + p * a_step] and row p of b starts at b[p * b_step].
+template <int64_t row_stride, class T>
+inline void multiply_tile(int64_t depth, const T* a, int64_t a_step, const T* b, int64_t b_step,
+                          Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
+  for (int64_t p = 0; p < depth; ++p) {
+    const Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
+#pragma GCC unroll 12
+    for (int i = 0; i < Tile<T>::rows; ++i) {
+      const Vec<T> broadcast = splat(a[i * row_stride]);
+      acc[i][0] += broadcast * b0;
+      acc[i][1] += broadcast * b1;
+    }
+    a += a_step;
+    b += b_step;
+  }
 }
 
 // acc += a b, for a packed depth x Tile::rows and b packed depth x Tile::columns.
 template <class T>
 inline void multiply_panels(int64_t depth, const T* a, const T* b, Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
-  for (int64_t p = 0; p < depth; ++p) {
-    const Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
+  multiply_tile<1>(depth, a, Tile<T>::rows, b, Tile<T>::columns, acc);
+}
+
+// The first `height` rows and `width` columns of acc, to c (or added to it).
+template <class T>
+inline void store_tile(const Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors], T* c, int64_t ldc, int64_t height,
+                       int64_t width, bool add) {
+  constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns, L = lanes<T>;
+  if (width == W && height == R) {
 #pragma GCC unroll 12
-    for (int i = 0; i < Tile<T>::rows; ++i) {
-      const Vec<T> broadcast = splat(a[i]);
-      acc[i][0] += broadcast * b0;
-      acc[i][1] += broadcast * b1;
+    for (int r = 0; r < R; ++r, c += ldc) {
+      store(c, add ? load(c) + acc[r][0] : acc[r][0]);
+      store(c + L, add ? load(c + L) + acc[r][1] : acc[r][1]);
     }
-    a += Tile<T>::rows;
-    b += Tile<T>::columns;
+    return;
+  }
+  T line[W];
+  for (int64_t r = 0; r < height; ++r, c += ldc) {
+    store(line, acc[r][0]);
+    store(line + L, acc[r][1]);
+    for (int64_t x = 0; x < width; ++x) c[x] = add ? c[x] + line[x] : line[x];
   }
 }
 
@@ -167,7 +195,7 @@ class Packed {
 // c (rows x b.columns(), row-major with stride ldc) = a b, or += if accumulate. One thread; callers split rows.
 template <class T>
 void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc, bool accumulate = false) {
-  constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns, L = lanes<T>;
+  constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
   constexpr int64_t block = 8 * R;  // rows packed at a time: they stay in L2
   thread_local Buffer<T> packed_a;
   packed_a.resize(block * Tile<T>::depth);
@@ -180,31 +208,10 @@ void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc,
       for (int64_t j = 0; j < b.columns(); j += W) {
         const int64_t width = std::min(W, b.columns() - j);
         for (int64_t i = 0; i < block_rows; i += R) {
-          Vec<T> acc[R][2];
+          Vec<T> acc[R][Tile<T>::vectors];
           clear<T>(acc);
           multiply_panels(dp, packed_a.data() + i * dp, b.panel(p, dp, j), acc);
-          const bool add = accumulate || p > 0;
-          const int64_t height = std::min(R, block_rows - i);
-          T* target = c + (i0 + i) * ldc + j;
-          if (width == W && height == R) {
-#pragma GCC unroll 12
-            for (int r = 0; r < R; ++r, target += ldc) {
-              store(target, add ? load(target) + acc[r][0] : acc[r][0]);
-              store(target + L, add ? load(target + L) + acc[r][1] : acc[r][1]);
-            }
-          } else if (width == W) {
-            for (int64_t r = 0; r < height; ++r, target += ldc) {
-              store(target, add ? load(target) + acc[r][0] : acc[r][0]);
-              store(target + L, add ? load(target + L) + acc[r][1] : acc[r][1]);
-            }
-          } else {
-            T line[W];
-            for (int64_t r = 0; r < height; ++r, target += ldc) {
-              store(line, acc[r][0]);
-              store(line + L, acc[r][1]);
-              for (int64_t x = 0; x < width; ++x) target[x] = add ? target[x] + line[x] : line[x];
-            }
-          }
+          store_tile<T>(acc, c + (i0 + i) * ldc + j, ldc, std::min(R, block_rows - i), width, accumulate || p > 0);
         }
       }
     }
