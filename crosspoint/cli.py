@@ -160,7 +160,7 @@ def _run(name: str, arguments: list[str]) -> int:
     if recipe is not None:
         from crosspoint.train.config import load_config
 
-        default = load_config(config_class, recipe)
+        default = load_config(config_class, recipe, absent=tyro.MISSING)
     config = _parse(tyro, name, config_class, default, arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     getattr(module, command.function)(config)
@@ -183,12 +183,12 @@ def _parse(tyro: Any, name: str, config_class: type, default: Any, arguments: li
         parsed_class,
         prog=f"crosspoint {name}",
         description=(
-            f"{inspect.cleandoc(config_class.__doc__ or command.summary)}\n\nExample: {command.example}\n\n"
-            "--config FILE.yaml reads options from a recipe; options on the command line win over it."
+            f"{inspect.cleandoc(config_class.__doc__)}\n\n"
+            f"Example: {command.example}. Options can also come from a recipe, --config FILE.yaml; those on "
+            "the command line win over it."
         ),
         default=default,
         args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return config_class(**_fields(parsed))
 
@@ -201,7 +201,8 @@ def _with_positional(tyro: Any, config_class: type, names: tuple[str, ...]) -> t
         if field.name in names:
             kinds = {"default": field.default, "default_factory": field.default_factory}
             given = {key: value for key, value in kinds.items() if value is not dataclasses.MISSING}
-            hint = Annotated[hints[field.name], tyro.conf.Positional]
+            metavar = tyro.conf.arg(metavar=field.name.upper())
+            hint = Annotated[hints[field.name], tyro.conf.Positional, metavar]
             fields.append((field.name, hint, dataclasses.field(**given)))
     return dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,))
 

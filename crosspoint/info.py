@@ -35,11 +35,16 @@ def missing_packages(requirements: list[str]) -> dict[str, list[str]]:
     for requirement in requirements:
         extra = re.search(r"""extra\s*==\s*['"]([\w.-]+)['"]""", requirement)
         if extra:
-            name = re.match(r"[\w.-]+", requirement)[0]
-            packages.setdefault(extra[1], [])
-            if name != "crosspoint":  # crosspoint[train] inside [eval]: its packages are listed under [train]
-                packages[extra[1]].append(name)
-    return {extra: [n for n in names if not _installed(n)] for extra, names in packages.items()}
+            name, _, included = re.match(r"([\w.-]+)(\[([^]]*)\])?", requirement).groups(default="")
+            # crosspoint[train] inside [eval] stands for what [train] holds.
+            names = [f"[{e.strip()}]" for e in included.split(",")] if name == "crosspoint" else [name]
+            packages.setdefault(extra[1], []).extend(names)
+
+    def expand(extra: str) -> list[str]:
+        nested = [expand(name[1:-1]) if name[0] == "[" else [name] for name in packages.get(extra, [])]
+        return list(dict.fromkeys(name for names in nested for name in names))
+
+    return {extra: [name for name in expand(extra) if not _installed(name)] for extra in packages}
 
 
 def _installed(package: str) -> bool:

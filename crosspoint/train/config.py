@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -92,10 +93,11 @@ _LEAST = {
 }
 
 
-def load_config(cls: type[Config], path: str | Path) -> Config:
+def load_config(cls: type[Config], path: str | Path, *, absent: Any = MISSING) -> Config:
     """The `cls` that a YAML file describes; keys it leaves out keep their defaults.
 
-    Raises ValueError, naming the key, for keys that `cls` does not have and values of the wrong type.
+    Raises ValueError, naming the key, for keys that `cls` does not have, values of the wrong type, and keys
+    without a default that are left out, unless `absent` is given to stand for them.
     """
     yaml = require("yaml", extra="train")
     try:
@@ -103,10 +105,8 @@ def load_config(cls: type[Config], path: str | Path) -> Config:
             values = yaml.safe_load(file)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if values is None:
-        values = {}
     try:
-        return config_from_dict(cls, values)
+        return config_from_dict(cls, {} if values is None else values, absent=absent)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -123,9 +123,13 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
-def config_from_dict(cls: type[Config], values: Any) -> Config:
-    """The inverse of `config_to_dict`, checking every key and type."""
-    return _build(cls, values, "")
+def config_from_dict(cls: type[Config], values: Any, *, absent: Any = MISSING) -> Config:
+    """The inverse of `config_to_dict`; checks as `load_config` does."""
+    converted = _convert_fields(cls, values, "")
+    missing = [f.name for f in dataclasses.fields(cls) if f.name not in converted and _default(f) is MISSING]
+    if missing and absent is MISSING:
+        raise ValueError(f"{missing[0]} is missing and has no default")
+    return cls(**converted, **dict.fromkeys(missing, absent))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -147,30 +151,43 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _build(cls: type, values: Any, prefix: str) -> Any:
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _convert_fields(cls: type, values: Any, prefix: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        where = prefix.rstrip(".") or "the file"
-        raise ValueError(f"{where} must hold `key: value` lines, got {values!r}")
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in names:
-            raise ValueError(_unknown_key(str(key), names, prefix))
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'} must hold `key: value` lines, got {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
+    converted = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            raise ValueError(f"unknown key {name}; {_nearest(str(key), hints, prefix)}")
+        if dataclasses.is_dataclass(hints[key]):
+            inner = _convert_fields(hints[key], value, f"{name}.")
+            # What a nested block leaves out is as the outer default has it.
+            default = _default(fields[key])
+            converted[key] = (
+                hints[key](**inner) if default is MISSING else dataclasses.replace(default, **inner)
+            )
+        else:
+            converted[key] = _convert(value, hints[key], name)
+    return converted
 
 
-def _unknown_key(key: str, names: list[str], prefix: str) -> str:
-    nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f"did you mean {prefix}{nearest[0]!s}?" if nearest else f"valid keys: {', '.join(names)}"
-    return f"unknown key {prefix}{key}; {hint}"
+def _nearest(key: str, hints: dict[str, Any], prefix: str) -> str:
+    """What an unknown key may have meant: the same name one level deeper, or one spelled like it."""
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint) and key in typing.get_type_hints(hint):
+            return f"did you mean {prefix}{name}.{key}?"
+    close = difflib.get_close_matches(key, hints, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"valid keys: {', '.join(hints)}"
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return _convert(value, args[0], key)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
     if origin in (Union, types.UnionType):
         for option in args:
             try:
@@ -188,22 +205,24 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif hint is float:
         # YAML 1.1 reads 1e-3, without a point, as a string.
         if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            try:
+            with contextlib.suppress(ValueError):
                 return float(value)
-            except ValueError:
-                pass
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     elif hint is Path:
         if isinstance(value, (str, Path)):
             return Path(value)
-    elif hint is Any or isinstance(value, type(None) if hint is None else hint):
+    elif isinstance(value, hint):
         return value
-    raise ValueError(f"{key} must be {_type_name(hint)}, got {value!r}")
+    raise ValueError(f"{key} must be {_TYPE_NAMES.get(hint, hint)}, got {value!r}")
 
 
-def _type_name(hint: Any) -> str:
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}.get(
-        hint, str(hint)
-    )
+_TYPE_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    type(None): "empty",
+}

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosspoint import models
 from crosspoint._device import resolve_device
 from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
+from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
@@ -34,8 +35,6 @@ from crosspoint.train.log import RunLog
 __all__ = ["learning_rate", "pretrain"]
 
 log = logging.getLogger(__name__)
-
-GENERATED = "generated"
 
 # One stream of random numbers per purpose.
 _INIT, _SHUFFLE, _STEP, _AUGMENT = range(4)
@@ -304,10 +303,19 @@ def _find_state(config: PretrainConfig, out: Path) -> TrainState | None:
 def _dataset(config: PretrainConfig, out: Path) -> PairDataset:
     root = Path(config.data)
     if config.data == GENERATED:
-        from crosspoint.data.prepare import PrepareConfig, prepare
-
+        if config.up != "y":
+            raise ValueError("the built-in shapes have y up: leave up at 'y'")
         root = out / "data"
-        prepare(PrepareConfig(meshes=GENERATED, out=root, points=config.points, up=config.up))
+        # The same shapes for every seed of the training.
+        prepare(
+            PrepareConfig(
+                meshes=GENERATED,
+                out=str(root),
+                points=config.points,
+                image_size=config.image_size,
+                workers=config.workers,
+            )
+        )
     dataset = PairDataset(root, points=config.points, image_size=config.image_size, seed=config.seed)
     if len(dataset) < config.batch_size:
         raise ValueError(

@@ -233,10 +233,7 @@ def test_resuming_a_finished_run_changes_nothing(data, finished):
     [
         ({"epochs": 4}, "epochs: 3 in the run, 4 now"),
         ({"lr": 0.1}, "lr: 0.001 in the run, 0.1 now"),
-        (
-            {"model": models.CrossPointConfig(k=5, image_encoder="resnet18", projection_dim=16)},
-            r"model\.k: 4",
-        ),
+        ({"model": models.CrossPointConfig(k=5, projection_dim=16)}, r"model\.k: 4 in the run, 5 now"),
     ],
 )
 def test_resuming_with_other_options_names_them(data, finished, changes, named):
@@ -267,17 +264,19 @@ def test_no_data_says_what_is_expected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
-        ({"batch_size": 1}, "batch_size"),
-        ({"epochs": 0}, "epochs"),
-        ({"lr": 0.0}, "lr"),
-        ({"device": "gpu"}, "gpu"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"up": "x"}, "up must be 'y' or 'z'"),
+        ({"device": "gpu"}, "device must be .* got 'gpu'"),
+        ({"data": "generated", "up": "z"}, "built-in shapes have y up"),
     ],
 )
-def test_options_that_cannot_work(data, tmp_path, changes, named):
-    with pytest.raises(ValueError, match=named):
-        pretrain(tiny_config(data, tmp_path / "run", **changes))
+def test_options_that_cannot_work(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(replace(tiny_config(data, tmp_path / "run"), **changes))
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

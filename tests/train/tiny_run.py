@@ -1,4 +1,4 @@
-"""A pre-training run of seconds: eleven random clouds, a small image encoder. Also a script that gets killed."""
+"""A pre-training run of seconds: random clouds, a small image encoder. As a script, one that gets killed."""
 
 import io
 import os
@@ -84,7 +84,7 @@ def die() -> None:
 
 
 def die_in_step(nth: int) -> None:
-    """Arrange for a SIGKILL in the `nth` step from now, when the gradients are there and the weights still old."""
+    """Arrange for a SIGKILL in the `nth` step from now, between the backward pass and the update."""
     original = nn.utils.get_total_norm
     calls = iter(range(10**6))
 
