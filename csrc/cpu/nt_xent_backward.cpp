@@ -1,0 +1,143 @@
+// NT-Xent, backward: every tile of similarities is formed again, turned into weights, and multiplied with the rows of both sides.
+#include "common/contrast.h"
+#include "nt_xent_tiles.h"
+
+namespace crosspoint::CROSSPOINT_ISA {
+namespace {
+
+// Per row: what turns a power of two into a softmax weight, and the weight that the positive lacks.
+template <class T>
+struct RowWeights {
+  Buffer<T> softmax;  // shared bound: the factor of 2^(x - bound); otherwise: what is added to x in the exponent
+  Buffer<double> positive;
+};
+
+template <class T>
+RowWeights<T> row_weights(const NtXentBackward<T>& args, const Views<T>& views, const Exponents<T>& exponents,
+                          const Parallel& parallel) {
+  RowWeights<T> weights{Buffer<T>(views.nodes() * tile), Buffer<double>(views.nodes() * tile)};
+  parallel.ranges(views.blocks(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t other = views.blocks() + block;
+      for (int64_t i = 0; i < views.count(block); ++i) {
+        const double positive =
+            dot(views.rows(block) + i * views.stride(), views.rows(other) + i * views.stride(), views.channels()) /
+            args.temperature;
+        for (int view = 0; view < 2; ++view) {
+          const int64_t row = (view == 0 ? block : other) * tile + i;
+          const double loss = args.row_losses[view * args.samples + views.first(block) + i];
+          const double lse = (positive + loss) * log2_e;  // of the positive and the negatives
+          const bool counts = view == 0 || args.symmetric;
+          weights.positive[row] = counts ? missing_probability(loss) : 0;
+          if (exponents.shared)
+            weights.softmax[row] = counts ? T(std::exp2(exponents.bound - lse)) : T(0);
+          else
+            weights.softmax[row] = counts ? T(-lse) : -std::numeric_limits<T>::infinity();
+        }
+      }
+      for (int64_t node : {block, other})
+        fill(weights.softmax.data() + node * tile + views.count(node), tile - views.count(node), T(0));
+    }
+  });
+  return weights;
+}
+
+// x, a tile of similarities, becomes the sum of both softmaxes: of row i at column j, and of row j at column i.
+template <class T, bool shared>
+void form_weights(T* x, int64_t rows, int64_t columns, const T* row, const T* column, T bound) {
+  constexpr int64_t L = lanes<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; j += L) {
+      const Vec<T> entry = load(x + i * tile + j);
+      if (shared)
+        store(x + i * tile + j, exp2<T>(entry - splat(bound)) * (splat(row[i]) + load(column + j)));
+      else
+        store(x + i * tile + j, exp2<T>(entry + splat(row[i])) + exp2<T>(entry + load(column + j)));
+    }
+  }
+}
+
+// out (rows x channels) += or = w z, with w(i, p) = weights[i * row_stride + p * step].
+template <int64_t row_stride, class T>
+void multiply_weights(const T* weights, int64_t step, int64_t rows, int64_t depth, const T* z, int64_t stride, T* out,
+                      int64_t channels, bool add) {
+  constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
+  for (int64_t c = 0; c < channels; c += W) {
+    for (int64_t i = 0; i < rows; i += R) {
+      Vec<T> acc[R][Tile<T>::vectors];
+      clear<T>(acc);
+      multiply_tile<row_stride>(depth, weights + i * row_stride, step, z + c, stride, acc);
+      store_tile<T>(acc, out + i * channels + c, channels, std::min(R, rows - i), std::min(W, channels - c), add);
+    }
+  }
+}
+
+template <class T>
+void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
+  *args.dtemperature = T(0);
+  if (args.samples == 0) return;
+  const Views<T> views(args, parallel);
+  const Exponents<T> exponents(args.temperature);
+  const RowWeights<T> weights = row_weights(args, views, exponents, parallel);
+  const int64_t channels = args.channels;
+  const auto gradient = [&](int64_t node) {
+    return (node < views.blocks() ? args.dz1 : args.dz2) + views.first(node) * channels;
+  };
+
+  Rounds rounds(views.blocks(), args.within_views);
+  parallel.items(
+      rounds.size(), [] { return ScratchTile<T>(); },
+      [&](int64_t position, ScratchTile<T>& scratch) {
+        const auto pair = rounds.at(position);
+        if (!pair.exists) return;
+        const int64_t a = pair.a, b = pair.b;
+        const int64_t rows = views.count(a), columns = views.count(b);
+        T* x = scratch.data;
+        views.similarities(a, b, T(exponents.scale), x);
+        const T *row = weights.softmax.data() + a * tile, *column = weights.softmax.data() + b * tile;
+        if (exponents.shared)
+          form_weights<T, true>(x, rows, columns, row, column, exponents.bound);
+        else
+          form_weights<T, false>(x, rows, columns, row, column, T(0));
+        if (a == b)
+          for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = T(0);
+        else if (views.first(a) == views.first(b))
+          for (int64_t i = 0; i < rows; ++i)
+            x[i * tile + i] = T(-(weights.positive[a * tile + i] + weights.positive[b * tile + i]));
+        rounds.wait(pair);
+        multiply_weights<tile>(x, 1, rows, columns, views.rows(b), views.stride(), gradient(a), channels, pair.round > 0);
+        if (a != b)
+          multiply_weights<1>(x, tile, columns, rows, views.rows(a), views.stride(), gradient(b), channels, pair.round > 0);
+        rounds.finish(pair);
+      });
+
+  // From the gradient of the cosines to that of the rows before normalisation.
+  const double rows_averaged = double(args.symmetric ? 2 * args.samples : args.samples);
+  const double scale = args.grad / (rows_averaged * args.temperature);
+  Buffer<double> along(views.nodes());
+  parallel.ranges(views.nodes(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t node = begin; node < end; ++node) {
+      double total = 0;
+      for (int64_t i = 0; i < views.count(node); ++i) {
+        const T* z = views.rows(node) + i * views.stride();
+        T* dz = gradient(node) + i * channels;
+        const double norm = views.norms(node)[i], radial = dot(z, dz, channels);
+        const bool clamped = norm < shortest;  // a constant divisor: the gradient is not projected
+        const T projection = clamped ? T(0) : T(radial), factor = T(scale / (clamped ? shortest : norm));
+        for (int64_t c = 0; c < channels; ++c) dz[c] = (dz[c] - projection * z[c]) * factor;
+        total += radial;
+      }
+      along[node] = total;
+    }
+  });
+  double total = 0;
+  for (int64_t node = 0; node < views.nodes(); ++node) total += along[node];
+  *args.dtemperature = T(-total * scale / (2 * args.temperature));
+}
+
+}  // namespace
+
+void nt_xent_backward(const NtXentBackward<float>& args, const Parallel& parallel) { backward(args, parallel); }
+void nt_xent_backward(const NtXentBackward<double>& args, const Parallel& parallel) { backward(args, parallel); }
+
+}  // namespace crosspoint::CROSSPOINT_ISA

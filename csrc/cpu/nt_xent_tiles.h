@@ -1,0 +1,175 @@
+// What the forward and the backward of nt_xent share: normalised views in tiles, similarities of a tile, the order of the tiles.
+#pragma once
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "crosspoint/nt_xent.h"
+#include "exp2.h"
+#include "gemm.h"
+
+namespace crosspoint::CROSSPOINT_ISA {
+
+inline constexpr int64_t tile = 96;  // rows of a block: a multiple of every Tile::rows and Tile::columns
+inline constexpr double log2_e = 1.4426950408889634;
+inline constexpr double shortest = 1e-12;  // rows are divided by at least this, as torch.nn.functional.normalize does
+
+template <class T>
+inline void fill(T* out, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) out[i] = value;
+}
+
+// Summed in double, in an order that no instruction set changes.
+template <class T>
+inline double dot(const T* a, const T* b, int64_t n) {
+  constexpr int64_t lanes = 16;
+  double partial[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t l = 0; l < lanes; ++l) partial[l] += double(a[i + l]) * double(b[i + l]);
+  for (int64_t l = 0; i < n; ++i, ++l) partial[l] += double(a[i]) * double(b[i]);
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) partial[l] += partial[l + half];
+  return partial[0];
+}
+
+// A scratch tile on a worker's stack; zeros, so that what lies beyond the last row is never undefined.
+template <class T>
+struct ScratchTile {
+  alignas(64) T data[tile * tile] = {};
+};
+
+// Both views, normalised, cut into blocks of `tile` rows: block b of view v is node v * blocks + b.
+template <class T>
+class Views {
+ public:
+  Views(const ContrastInput<T>& input, const Parallel& parallel)
+      : samples_(input.samples),
+        channels_(input.channels),
+        blocks_((samples_ + tile - 1) / tile),
+        stride_((channels_ + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns),
+        rows_(nodes() * tile * stride_),
+        transposed_(nodes() * tile * channels_),
+        norms_(nodes() * tile) {
+    parallel.ranges(nodes(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t node = begin; node < end; ++node) normalise(node, node < blocks_ ? input.z1 : input.z2);
+    });
+  }
+
+  int64_t blocks() const { return blocks_; }
+  int64_t nodes() const { return 2 * blocks_; }
+  int64_t channels() const { return channels_; }
+  int64_t stride() const { return stride_; }
+  int64_t samples() const { return samples_; }
+  int64_t first(int64_t node) const { return node % blocks_ * tile; }
+  int64_t count(int64_t node) const { return std::min(tile, samples_ - first(node)); }
+  // The rows of a node: count x channels, `stride` apart, zeros beyond the last channel.
+  const T* rows(int64_t node) const { return rows_.data() + node * tile * stride_; }
+  // Their lengths before normalisation.
+  const double* norms(int64_t node) const { return norms_.data() + node * tile; }
+  // channels x tile, zeros beyond the last row.
+  const T* transposed(int64_t node) const { return transposed_.data() + node * tile * channels_; }
+
+  // Cosines of the rows of node a with the rows of node b, times `scale`.
+  void similarities(int64_t a, int64_t b, T scale, T* out) const {
+    constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
+    const T *left = transposed(a), *right = transposed(b);
+    const int64_t rows = count(a), columns = count(b);
+    for (int64_t j = 0; j < columns; j += W) {
+      for (int64_t i = 0; i < rows; i += R) {
+        Vec<T> acc[R][Tile<T>::vectors];
+        clear<T>(acc);
+        multiply_tile<1>(channels_, left + i, tile, right + j, tile, acc);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) acc[r][0] *= splat(scale), acc[r][1] *= splat(scale);
+        store_tile<T>(acc, out + i * tile + j, tile, R, W, false);
+      }
+    }
+  }
+
+ private:
+  void normalise(int64_t node, const T* z) {
+    for (int64_t i = 0; i < count(node); ++i) {
+      const T* source = z + (first(node) + i) * channels_;
+      T* target = rows_.data() + (node * tile + i) * stride_;
+      const double norm = std::sqrt(dot(source, source, channels_));
+      const double inverse = 1 / std::max(norm, shortest);
+      for (int64_t c = 0; c < channels_; ++c) target[c] = T(source[c] * inverse);
+      fill(target + channels_, stride_ - channels_, T(0));
+      norms_[node * tile + i] = norm;
+    }
+    pack_panel(Strided<T>{rows(node), stride_, 1}, count(node), channels_, tile, transposed_.data() + node * tile * channels_);
+  }
+
+  int64_t samples_, channels_, blocks_, stride_;
+  Buffer<T> rows_;
+  Buffer<T> transposed_;
+  Buffer<double> norms_;
+};
+
+// Exponentials are powers of two, taken relative to a bound: `scale` turns a cosine into an exponent. If the whole range of
+// exponents fits into T (temperatures down to 0.0145 in float, 0.0016 in double), one bound serves all rows, and one
+// power serves the row and the column of an entry. Otherwise each row has its own.
+template <class T>
+struct Exponents {
+  static constexpr double top = sizeof(T) == 4 ? 100 : 900;  // leaves room to sum, and digits below the least sum
+
+  explicit Exponents(double temperature)
+      : scale(log2_e / temperature), shared(std::abs(scale) <= top), bound(T(std::abs(scale) - top)) {}
+
+  double scale;
+  bool shared;
+  T bound;
+};
+
+// The pairs of nodes whose tiles make up the matrix, in rounds: a node is in one pair of each round at most, so that the pairs
+// of a round touch different rows, and every row sees its tiles in the same order whatever the number of threads.
+class Rounds {
+ public:
+  Rounds(int64_t blocks, bool within_views) : blocks_(blocks), within_views_(within_views), done_(2 * blocks) {
+    fill(done_.data(), 2 * blocks, int64_t(0));
+  }
+
+  // Positions to visit in order; some hold no pair.
+  int64_t size() const { return within_views_ ? 2 * blocks_ * (blocks_ + 1) : blocks_ * blocks_; }
+
+  struct Pair {
+    int64_t round, a, b;
+    bool exists;
+  };
+
+  Pair at(int64_t position) const {
+    if (!within_views_) {
+      const int64_t round = position / blocks_, a = position % blocks_;
+      return {round, a, blocks_ + (a + round) % blocks_, true};
+    }
+    // Round r pairs a with b where a + b = r modulo the number of nodes, which is even.
+    const int64_t nodes = 2 * blocks_, slots = blocks_ + 1;
+    const int64_t round = position / slots, slot = position % slots;
+    const int64_t a = ((round + 1) / 2 + slot) % nodes, b = (round / 2 - slot + nodes) % nodes;
+    return {round, std::min(a, b), std::max(a, b), round % 2 == 0 || slot < blocks_};
+  }
+
+  // Until both nodes have finished every earlier round. The positions are handed out in order, so what this waits for runs.
+  void wait(const Pair& pair) const {
+    for (int64_t node : {pair.a, pair.b})
+      for (int spins = 0; __atomic_load_n(done_.data() + node, __ATOMIC_ACQUIRE) < pair.round; ++spins)
+        if (spins > 256) sched_yield();
+  }
+
+  void finish(const Pair& pair) {
+    __atomic_store_n(done_.data() + pair.a, pair.round + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(done_.data() + pair.b, pair.round + 1, __ATOMIC_RELEASE);
+  }
+
+ private:
+  int64_t blocks_;
+  bool within_views_;
+  Buffer<int64_t> done_;
+};
+
+}  // namespace crosspoint::CROSSPOINT_ISA
