@@ -150,7 +150,8 @@ def draw_losses(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
             continue
         steps, values = np.array(points, dtype=float).T
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=name)
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, marker=marker, label=name)
         drawn = True
     if not drawn:
         raise ValueError(f"no record holds a step and one of {', '.join(curves)}: nothing to draw")
@@ -180,11 +181,11 @@ def draw_pairs(
 ) -> None:
     """A sheet of training pairs: the rendered view beside the cloud, shaded by depth."""
     rows = -(-len(images) // columns)
-    axes = figure.subplots(rows, 2 * columns, squeeze=False, gridspec_kw={"wspace": 0, "hspace": 0})
-    for pair in axes.reshape(-1, 2)[len(images) :]:
-        for empty in pair:
-            empty.axis("off")
-    pairs = axes.reshape(-1, 2)[: len(images)]
+    grid = figure.add_gridspec(rows, columns)
+    axes = np.array([cell.subgridspec(1, 2, wspace=0).subplots() for cell in grid])  # (cells, 2)
+    for empty in axes[len(images) :].flat:
+        empty.axis("off")
+    pairs = axes[: len(images)]
     for (view, cloud_axes), image, cloud, name in zip(pairs, images, clouds, names, strict=True):
         view.imshow(np.moveaxis(image, 0, -1))
         view.set_title(name.replace("_", " "), fontsize=9, loc="left")
@@ -204,7 +205,7 @@ def _draw_cloud(axes: Axes, cloud: np.ndarray) -> None:
     above = np.cos(elevation) * y - np.sin(elevation) * ahead
     depth = np.sin(elevation) * y + np.cos(elevation) * ahead
     order = np.argsort(depth)
-    axes.scatter(right[order], above[order], c=depth[order], cmap="viridis_r", s=2, linewidths=0)
+    axes.scatter(right[order], above[order], c=depth[order], cmap="viridis_r", s=4, linewidths=0)
     half = 1.1 * max(np.abs(right).max(), np.abs(above).max(), 1e-6)
     axes.set(xlim=(-half, half), ylim=(-half, half))
     axes.set_aspect("equal")
@@ -246,8 +247,9 @@ def demo_figure(
     class_names: Sequence[str],
 ) -> Figure:
     """Training pairs above; below, loss curves and the t-SNE of both encoders."""
-    figure = new_figure(18, 12)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    sheet = 2.45 * -(-len(images) // 4)  # inches, so that views and clouds are about square
+    figure = new_figure(18, sheet + 7)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(sheet, 7))
     top.suptitle("Training pairs: rendered view and point cloud", fontsize=12)
     draw_pairs(top, images, clouds, names)
     axes = bottom.subplots(1, 1 + len(positions))

@@ -46,6 +46,7 @@ __all__ = [
     "format_table",
     "run_protocol",
     "versions",
+    "write_evaluation",
 ]
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class SvmConfig:
     c_grid: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
     holdout: float = 0.2
     """Part of the training split, stratified by class, on which C is chosen."""
+    repeats: int = 1
+    """So many slices are held out in turn and averaged: more than one makes sense for few training shapes."""
     seed: int = 0
     """Of the held-out slice, the random initialisation and the t-SNE."""
     random_init: bool = True
@@ -85,41 +88,51 @@ class SvmConfig:
 @dataclass(frozen=True)
 class SvmResult:
     c: float
-    grid: dict[float, float]  # C -> accuracy on the held-out slice
+    grid: dict[float, float]  # C -> accuracy on the held-out slices
     c_at_edge: bool  # the best C is the smallest or largest of the grid
     predictions: np.ndarray  # (n_test,)
     accuracy: float
     seconds: float
 
 
+@dataclass(frozen=True)
 class LinearSvm:
     """`sklearn.svm.SVC(kernel="linear")`, fitted from a Gram matrix that several fits share.
 
     The linear kernel is computed once, in float64 as libsvm does; then a further C or subset takes seconds.
     """
 
-    def __init__(self, features: np.ndarray, labels: np.ndarray) -> None:
-        self.features = features.astype(np.float64)  # (n, d)
-        self.labels = labels  # (n,)
-        self.gram = self.features @ self.features.T  # (n, n)
+    gram: np.ndarray  # (n, n)
+    labels: np.ndarray  # (n,)
 
-    def fit(self, c: float, rows: np.ndarray | None = None) -> SVC:
+    @classmethod
+    def from_features(cls, features: np.ndarray, labels: np.ndarray) -> LinearSvm:
+        return cls(linear_kernel(features, features), labels)
+
+    def subset(self, rows: np.ndarray) -> LinearSvm:
+        return LinearSvm(self.gram[np.ix_(rows, rows)], self.labels[rows])
+
+    def fit(self, c: float) -> SVC:
+        """A classifier whose `predict` takes `linear_kernel(features, those fitted on)`."""
         svm = require("sklearn.svm", extra="eval")
-        gram, labels = self.gram, self.labels
-        if rows is not None:
-            gram, labels = gram[np.ix_(rows, rows)], labels[rows]
-        return svm.SVC(kernel="precomputed", C=c, cache_size=500).fit(gram, labels)
+        return svm.SVC(kernel="precomputed", C=c, cache_size=500).fit(self.gram, self.labels)
+
+
+def linear_kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (m, d), (n, d) -> (m, n) float64
+    return a.astype(np.float64) @ b.astype(np.float64).T
 
 
 def choose_c(
-    svm: LinearSvm, c_grid: Sequence[float], *, holdout: float, seed: int
+    svm: LinearSvm, c_grid: Sequence[float], *, holdout: float, repeats: int = 1, seed: int = 0
 ) -> tuple[float, dict[float, float]]:
-    """The best C on a stratified held-out slice (the smallest among equals), and each C's accuracy there."""
+    """The best C on stratified held-out slices (the smallest among equals), and each C's accuracy there."""
     grid = sorted({float(c) for c in c_grid})
     if not grid or grid[0] <= 0:
         raise ValueError(f"c_grid must hold positive numbers, got {tuple(c_grid)}")
     if not 0 < holdout < 1:
         raise ValueError(f"holdout is a fraction of the training split, between 0 and 1; got {holdout}")
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
     names, counts = np.unique(svm.labels, return_counts=True)
     n, classes = len(svm.labels), len(names)
     if classes < 2:
@@ -135,16 +148,14 @@ def choose_c(
             f"holdout={holdout} of {n} training shapes leaves fewer than one of each of {classes} classes"
         )
     model_selection = require("sklearn.model_selection", extra="eval")
-    fit_rows, held_rows = model_selection.train_test_split(
-        np.arange(n), test_size=held, stratify=svm.labels, random_state=seed
-    )
-    held_gram = svm.gram[np.ix_(held_rows, fit_rows)]
-
-    def score(c: float) -> float:
-        return float((svm.fit(c, fit_rows).predict(held_gram) == svm.labels[held_rows]).mean())
-
+    splitter = model_selection.StratifiedShuffleSplit(repeats, test_size=held, random_state=seed)
+    correct = np.zeros(len(grid), dtype=np.int64)
     with ThreadPoolExecutor(min(len(grid), torch.get_num_threads())) as pool:  # libsvm releases the GIL
-        scores = dict(zip(grid, pool.map(score, grid), strict=True))
+        for fit_rows, held_rows in splitter.split(svm.labels, svm.labels):
+            part, kernel = svm.subset(fit_rows), svm.gram[np.ix_(held_rows, fit_rows)]
+            predictions = pool.map(lambda c, part=part, kernel=kernel: part.fit(c).predict(kernel), grid)
+            correct += [int((each == svm.labels[held_rows]).sum()) for each in predictions]
+    scores = {c: count / (held * repeats) for c, count in zip(grid, correct.tolist(), strict=True)}
     return max(grid, key=scores.__getitem__), scores
 
 
@@ -156,9 +167,10 @@ def fit_linear_svm(
     *,
     c_grid: Sequence[float],
     holdout: float = 0.2,
+    repeats: int = 1,
     seed: int = 0,
 ) -> SvmResult:
-    """Choose C on a held-out slice of train, refit on all of train, and report the test split once.
+    """Choose C on held-out slices of train, refit on all of train, and report the test split once.
 
     Raises ValueError for features that are not finite, test labels that train does not have, and classes too
     small to hold a shape out. Peak memory: two float64 Gram matrices, 16 n^2 bytes (1.6 GB for ModelNet40).
@@ -185,10 +197,10 @@ def fit_linear_svm(
             f"the test split holds labels that train lacks: {unknown.tolist()}. Are these splits of one set?"
         )
 
-    svm = LinearSvm(train_features, train_labels)
-    c, grid = choose_c(svm, c_grid, holdout=holdout, seed=seed)
+    svm = LinearSvm.from_features(train_features, train_labels)
+    c, grid = choose_c(svm, c_grid, holdout=holdout, repeats=repeats, seed=seed)
     fitted = svm.fit(c)
-    predictions = fitted.predict(test_features.astype(np.float64) @ svm.features.T)
+    predictions = fitted.predict(linear_kernel(test_features, train_features))
     at_edge = len(set(grid.values())) > 1 and c in (min(grid), max(grid))
     if at_edge:
         log.warning("the best C, %g, is at the edge of the grid: a wider c_grid may do better", c)
@@ -220,12 +232,7 @@ def evaluate_svm(config: SvmConfig) -> dict[str, Any]:
         require(module, extra="eval")  # now, not after minutes of embedding
     out = _output_folder(config)
     evaluation = run_protocol(config)
-    written = [out / "svm.json"]
-    text = json.dumps(evaluation.results, indent=2)
-    replace_file(written[0], lambda file: file.write(text.encode()))
-    if config.picture:
-        written.append(out / "svm.png")
-        plots.save_figure(_picture(evaluation, config.seed), written[1])
+    written = write_evaluation(evaluation, out, picture=config.picture)
     print(format_table(evaluation.results))
     print(f"written: {', '.join(map(str, written))}")
     return evaluation.results
@@ -269,6 +276,7 @@ def run_protocol(config: SvmConfig) -> Evaluation:
             labels["test"],
             c_grid=config.c_grid,
             holdout=config.holdout,
+            repeats=config.repeats,
             seed=config.seed,
         )
         test_features[key], test_predictions[key] = features["test"], result.predictions
@@ -301,6 +309,17 @@ def run_protocol(config: SvmConfig) -> Evaluation:
         "versions": versions(),
     }
     return Evaluation(results, test_features, test_predictions, labels["test"])
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path, *, picture: bool = True) -> list[Path]:
+    """Write svm.json and svm.png, each by rename; returns what was written."""
+    written = [folder / "svm.json"]
+    text = json.dumps(evaluation.results, indent=2)
+    replace_file(written[0], lambda file: file.write(text.encode()))
+    if picture:
+        written.append(folder / "svm.png")
+        plots.save_figure(_picture(evaluation), written[1])
+    return written
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -370,8 +389,8 @@ def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequenc
     }
 
 
-def _picture(evaluation: Evaluation, seed: int) -> Figure:
-    encoders = evaluation.results["encoders"]
+def _picture(evaluation: Evaluation) -> Figure:
+    encoders, seed = evaluation.results["encoders"], evaluation.results["config"]["seed"]
     return plots.svm_figure(
         {NAMES[key]: plots.tsne(each, seed=seed) for key, each in evaluation.test_features.items()},
         {NAMES[key]: entry["accuracy"] for key, entry in encoders.items()},

@@ -4,12 +4,19 @@ import logging
 import numpy as np
 import pytest
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedShuffleSplit, train_test_split
 from sklearn.svm import SVC
 
 from crosspoint.data import LabelledClouds, write_modelnet40
 from crosspoint.evaluate import svm as module
-from crosspoint.evaluate.svm import LinearSvm, SvmConfig, choose_c, evaluate_svm, fit_linear_svm
+from crosspoint.evaluate.svm import (
+    LinearSvm,
+    SvmConfig,
+    choose_c,
+    evaluate_svm,
+    fit_linear_svm,
+    linear_kernel,
+)
 from crosspoint.models import CrossPointConfig, build
 from crosspoint.models.checkpoints import save_model
 
@@ -33,13 +40,11 @@ def splits():
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
 def test_gram_svm_is_the_linear_svm(splits, c):
     x, y, x_test, _ = splits
+    svm = LinearSvm.from_features(x, y)
     rows = np.arange(0, 120, 2)
-    for chosen in (None, rows):
-        index = np.arange(120) if chosen is None else chosen
+    for part, index in ((svm, np.arange(120)), (svm.subset(rows), rows)):
         expected = SVC(kernel="linear", C=c).fit(x[index], y[index])
-        svm = LinearSvm(x, y)
-        kernel = x_test.astype(np.float64) @ svm.features[index].T
-        fitted = svm.fit(c, chosen)
+        fitted, kernel = part.fit(c), linear_kernel(x_test, x[index])
         np.testing.assert_array_equal(fitted.support_, expected.support_)
         np.testing.assert_array_equal(fitted.predict(kernel), expected.predict(x_test))
         np.testing.assert_allclose(
@@ -58,6 +63,19 @@ def test_c_is_chosen_on_the_stratified_slice_alone(splits):
     refitted = SVC(kernel="linear", C=result.c).fit(x, y)
     np.testing.assert_array_equal(result.predictions, refitted.predict(x_test))
     assert result.accuracy == refitted.score(x_test, y_test)
+
+
+def test_repeated_slices_are_averaged(splits):
+    x, y, _, _ = splits
+    svm = LinearSvm.from_features(x, y)
+    _, scores = choose_c(svm, GRID, holdout=0.25, repeats=4, seed=3)
+    splitter = StratifiedShuffleSplit(4, test_size=30, random_state=3)
+    for c in GRID:
+        each = [
+            SVC(kernel="linear", C=c).fit(x[fit], y[fit]).score(x[held], y[held])
+            for fit, held in splitter.split(x, y)
+        ]
+        assert scores[c] == pytest.approx(np.mean(each))
 
 
 def test_the_test_split_is_predicted_once_and_last(splits, monkeypatch):
@@ -84,7 +102,7 @@ def test_test_labels_change_no_choice(splits):
 
 def test_the_smallest_of_equally_good_c_wins():
     x, y = features_of_classes(0, 100, noise=0.01)
-    c, scores = choose_c(LinearSvm(x, y), (100.0, 1e4, 1e3), holdout=0.2, seed=0)
+    c, scores = choose_c(LinearSvm.from_features(x, y), (100.0, 1e4, 1e3), holdout=0.2, seed=0)
     assert scores == {100.0: 1.0, 1e3: 1.0, 1e4: 1.0}
     assert c == 100.0
 
@@ -105,6 +123,7 @@ def test_a_best_c_at_the_edge_of_the_grid_is_reported(splits, caplog):
         ({"c_grid": (0.0, 1.0)}, "c_grid must hold positive"),
         ({"holdout": 0.0}, "holdout"),
         ({"holdout": 1.0}, "holdout"),
+        ({"repeats": 0}, "repeats"),
         ({"holdout": 0.99}, "leaves fewer than one"),
     ],
 )
