@@ -264,9 +264,9 @@ class _Signals:
 
 
 def _ignore_interrupts(_: int) -> None:
-    # A terminal sends Ctrl-C to the loader processes too; the training process decides when they end.
+    # Terminals and schedulers signal loader processes too; the training process ends them when it is ready.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _seed(seed: int, *key: int) -> int:

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -150,6 +151,24 @@ def test_every_epoch_draws_full_batches_of_distinct_shapes(data, tmp_path, monke
     assert max(map(len, drawn.values())) == 2, "one shape shows one view in all epochs"
 
 
+def test_every_step_draws_its_own_two_views(data, tmp_path, monkeypatch):
+    draws = []
+    original = pretrain_module.CloudAugmentation
+
+    class Spy:
+        def __init__(self, **options):
+            self.augmentation = original(**options)
+
+        def __call__(self, points, generator):
+            draws.append(generator.get_state().numpy().tobytes())
+            return self.augmentation(points, generator)
+
+    monkeypatch.setattr(pretrain_module, "CloudAugmentation", Spy)
+    pretrain(tiny_config(data, tmp_path / "run"))
+    assert len(draws) == 2 * STEPS
+    assert len(set(draws)) == 2 * STEPS
+
+
 def test_killed_and_resumed_equals_uninterrupted(data, finished, tmp_path):
     """One run, killed again and again: in a step, in the middle of an epoch, while writing either file."""
     out = tmp_path / "killed"
@@ -189,14 +208,25 @@ def test_a_signal_lets_the_step_end_and_saves(data, finished, tmp_path, monkeypa
     out = tmp_path / "stopped"
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     original = nn.utils.get_total_norm
+
+    steps = []
+
+    def interrupted_norm(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            loaders = multiprocessing.active_children()
+            assert len(loaders) == 2
+            for process in loaders:  # a terminal or a scheduler signals the whole group
+                os.kill(process.pid, number)
+            signal.raise_signal(number)
+        return original(*args, **kwargs)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            nn.utils, "get_total_norm", lambda *a, **k: (signal.raise_signal(number), original(*a, **k))[1]
-        )
-        with pytest.raises(KeyboardInterrupt, match=f"{number.name} after step 1 of 6.*--resume"):
-            pretrain(tiny_config(data, out, checkpoint_every=100))
+        patch.setattr(nn.utils, "get_total_norm", interrupted_norm)
+        with pytest.raises(KeyboardInterrupt, match=f"{number.name} after step 3 of 6.*--resume"):
+            pretrain(tiny_config(data, out, checkpoint_every=100, workers=2))
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert load_state(out / "state.pt").step == 1
+    assert load_state(out / "state.pt").step == 3
     pretrain(tiny_config(data, out, checkpoint_every=100, resume=True))
     assert_same_weights(finished[0], out)
 
