@@ -16,6 +16,7 @@ from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 from torch import nn
 
 from crosspoint import models
+from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import pretrain
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.config import load_config
@@ -285,6 +286,20 @@ def test_a_moved_data_folder_may_resume(finished, tmp_path):
 def test_fewer_shapes_than_a_batch(data, tmp_path):
     with pytest.raises(ValueError, match=f"{SHAPES} shapes, fewer than one batch of 12"):
         pretrain(tiny_config(data, tmp_path / "run", batch_size=12))
+
+
+def test_generated_shapes_go_into_the_run_folder(tmp_path, monkeypatch):
+    asked = []
+
+    def prepare(config):
+        asked.append(config)
+        tiny_run.write_pairs(Path(config.out))
+
+    monkeypatch.setattr(pretrain_module, "prepare", prepare)
+    out = tmp_path / "run"
+    pretrain(replace(tiny_config("generated", out), epochs=1, seed=5))
+    expected = PrepareConfig("generated", str(out / "data"), points=48, image_size=16, workers=0)
+    assert asked == [expected], "they depend on more than what the run needs"
 
 
 def test_no_data_says_what_is_expected(tmp_path):
