@@ -259,6 +259,7 @@ def test_pretrain_from_the_command_line(tmp_path):
     done = run_python(*command)
     assert done.returncode == 0, done.stderr
     assert "11 shapes, 2 steps of 5 an epoch (1 shapes" in done.stderr
+    assert re.search(r"epoch 1/1: 100%.* loss \d+\.\d+, \d+\.\d shapes/s", done.stderr)
     assert models.checkpoints.load_config(out).k == 4
     models.checkpoints.load_model(out)
 

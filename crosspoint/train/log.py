@@ -46,10 +46,10 @@ class RunLog:
 
     def advance(self, loss: float, epoch: str) -> None:
         """Move the bar by one step."""
-        rate = self._bar.format_dict["rate"]
-        speed = f", {rate * self._batch_size:.1f} shapes/s" if rate else ""
+        bar = self._bar.format_dict
+        rate = bar["rate"] or (bar["n"] + 1 - bar["initial"]) / max(bar["elapsed"], 1e-9)
         self._bar.set_description(f"epoch {epoch}", refresh=False)
-        self._bar.set_postfix_str(f"loss {loss:.4f}{speed}", refresh=False)
+        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate * self._batch_size:.1f} shapes/s", refresh=False)
         self._bar.update()
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
