@@ -66,8 +66,11 @@ class DemoConfig:
     k: int = 12
     """Neighbours in the encoder's graphs."""
     epochs: int = 30
+    """Passes of pre-training over the unlabelled shapes."""
     batch_size: int = 32
+    """Shapes per step."""
     lr: float = 1e-3
+    """Learning rate of Adam in the first epoch."""
     workers: int = 2
     """Processes that render."""
     device: str = "auto"
