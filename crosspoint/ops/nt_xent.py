@@ -1,29 +1,35 @@
 """NT-Xent and InfoNCE: contrastive losses of two views, without the matrix of their similarities.
 
-For rows z_i normalised to unit length, s_ij = z_i . z_j / temperature, and the positive p of row i (the same sample in the
-other view):
+Rows z_i are normalised to unit length, s_ij = z_i . z_j / temperature, and p, the positive of row i, is the
+row of the same sample in the other view:
 
     loss_i = softplus(logsumexp(s_ij over the negatives j) - s_ip)
 
-which is cross entropy with the positive as the target, written so that neither the loss nor its gradient is lost when the
-positive wins by far. `nt_xent` averages it over the 2N rows of both views, with the 2N - 2 rows of other samples as negatives
-(SimCLR, arXiv 2002.05709). `info_nce` averages it over the N rows of the first view against the N - 1 other rows of the
-second, and over both directions if symmetric (CLIP, arXiv 2103.00020). The same in PyTorch:
+This is cross entropy with the positive as the target, written so that neither the loss nor its gradient is
+lost where the positive wins by far. `nt_xent` averages it over the 2N rows of both views; the negatives of
+a row are the 2N - 2 rows of other samples (SimCLR, arXiv 2002.05709). `info_nce` averages it over the N
+rows of the first view, whose negatives are the N - 1 other rows of the second, and, if symmetric, over both
+directions (CLIP, arXiv 2103.00020). The same in PyTorch:
 
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     s = (z @ z.t() / temperature).fill_diagonal_(-torch.inf)
-    F.cross_entropy(s, torch.arange(2 * n).roll(n))                                                      # nt_xent
+    F.cross_entropy(s, torch.arange(2 * n).roll(n))  # nt_xent
 
     s = F.normalize(z1, dim=1) @ F.normalize(z2, dim=1).t() / temperature
-    (F.cross_entropy(s, torch.arange(n)) + F.cross_entropy(s.t(), torch.arange(n))) / 2                  # info_nce
+    (F.cross_entropy(s, torch.arange(n)) + F.cross_entropy(s.t(), torch.arange(n))) / 2  # info_nce
 
-Memory beyond the inputs, with N' = N rounded up to a multiple of 96, D' = D to one of 32, and s = 4 bytes (8 for float64):
-4 N' D' s + 48 N' bytes in the forward, freed but for 2 N s that the backward needs; 6 N' D' s + 48 N' bytes in the backward, the
-gradients included. Half types add their widened copies, 4 N D s.
+Memory beyond the inputs, with N' = N rounded up to a multiple of 96, D' = D to one of 32, s = 4 bytes (8 for
+float64):
 
-The gradient, its projection through the normalisation and the gradient of the temperature are computed in one pass. Results are
-bitwise equal over runs and numbers of threads. Any temperature is safe: exponents are taken relative to a bound
-that all rows share where the range of the type allows (above 0.0145 in float32, 0.0017 in float64), and otherwise to each row's own.
+    forward:  4 N' D' s + 64 N', of which 2 N s stay for the backward
+    backward: 6 N' D' s + 64 N', the gradients included
+
+Half types add their widened copies, 4 N D s. Up to 64 MB of the workspace is kept between calls.
+
+The gradients of the rows (through their normalisation) and of the temperature come from one pass. Results
+are bitwise equal over runs and numbers of threads. No temperature overflows: exponents are taken relative
+to a bound that all rows share where the range of the type allows it (above 0.0145 in float32, 0.0017 in
+float64), and else each row has its own.
 """
 
 from __future__ import annotations
@@ -40,8 +46,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, impl: 
     """Normalised temperature-scaled cross entropy of two views of N samples (SimCLR, arXiv 2002.05709).
 
     Args:
-        z1, z2: (N, D) embeddings, row i of both from sample i; any length, they are normalised inside as by
-            `F.normalize(dim=1)`. float64, float32, or a half type, which is computed in float32 (autocast changes nothing).
+        z1, z2: (N, D) embeddings, row i of both from sample i; any length: they are normalised inside as by
+            `F.normalize(dim=1)`. float64, float32, or a half type, which is widened to float32; autocast
+            does not narrow them.
         temperature: a positive float, or a tensor with one element, which may require a gradient.
         impl: "auto", "native" or "reference".
 
@@ -61,7 +68,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, impl: 
 def info_nce(
     z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, symmetric: bool = True, impl: str = "auto"
 ) -> Tensor:
-    """Cross entropy of each row of `z1` against all rows of `z2` (InfoNCE), averaged with the other direction (CLIP).
+    """Cross entropy of each row of `z1` against all rows of `z2` (InfoNCE), or in both directions (CLIP).
 
     Args:
         z1, z2, temperature, impl: as for `nt_xent`.
@@ -113,7 +120,7 @@ def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tupl
         return z1, z2, temperature.reshape(()).to(z1.device, dtype)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(
-            f"{op}: temperature must be a float or a tensor with one element, got {type(temperature).__name__}"
+            f"{op}: temperature must be a float or a one-element tensor, got {type(temperature).__name__}"
         )
     if not temperature > 0:
         raise ValueError(f"{op}: temperature must be positive, got {temperature}")
@@ -134,12 +141,13 @@ def _backward_fake(grad, z1, z2, temperature, row_losses, within_views, symmetri
 
 
 _library.define(
-    "nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric) -> (Tensor loss, Tensor row_losses)",
+    "nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric)"
+    " -> (Tensor loss, Tensor row_losses)",
     _forward_fake,
 )
 _library.define(
-    "nt_xent_backward(Tensor grad, Tensor z1, Tensor z2, Tensor temperature, Tensor row_losses, bool within_views, "
-    "bool symmetric) -> (Tensor dz1, Tensor dz2, Tensor dtemperature)",
+    "nt_xent_backward(Tensor grad, Tensor z1, Tensor z2, Tensor temperature, Tensor row_losses,"
+    " bool within_views, bool symmetric) -> (Tensor dz1, Tensor dz2, Tensor dtemperature)",
     _backward_fake,
 )
 
@@ -181,7 +189,7 @@ class _ContrastBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "the second derivative of nt_xent and info_nce is not supported by compiled kernels; use impl='reference'"
+            "the second derivative of nt_xent and info_nce is not supported; impl='reference' has it"
         )
 
 

@@ -1,25 +1,26 @@
-// Matrix products on packed operands: a register-tiled micro-kernel, and a product whose right operand is packed once.
+// Matrix products: a register-tiled micro-kernel, and a product on operands packed for it, the right one
+// only once.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "vec.h"
 
 // Elements of two equal vectors, by index into both: GCC had it under its own name only before version 12.
 #if defined(__clang__) || __GNUC__ >= 12
 #define CROSSPOINT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define CROSSPOINT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
+#define CROSSPOINT_SHUFFLE(a, b, ...) \
+  __builtin_shuffle(a, b, (int __attribute__((vector_size(16)))){__VA_ARGS__})
 #endif
 
 namespace crosspoint::CROSSPOINT_ISA {
 
-// A tile of the result held in registers: `rows` x `vectors` vectors, which leaves two for the right operand and one to broadcast.
+// A tile of the result, held in registers: `rows` x `vectors` vectors. That leaves two registers for the
+// right operand and one to broadcast.
 template <class T>
 struct Tile {
 #if defined(__AVX512F__)
@@ -32,34 +33,6 @@ struct Tile {
   static constexpr int vectors = 2;
   static constexpr int columns = vectors * lanes<T>;
   static constexpr int64_t depth = 256;  // of one pass: panels of the right operand stay in L1
-};
-
-// Uninitialised, cache-line aligned storage.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t size) { resize(size); }
-
-  void resize(int64_t size) {
-    if (size <= size_) return;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(T) + 63) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
-    size_ = size;
-  }
-
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
-  T& operator[](int64_t i) { return data_.get()[i]; }
-  const T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t size_ = 0;
 };
 
 // A strided view of a matrix: element (i, j) is data[i * row_stride + j * column_stride].
@@ -90,10 +63,12 @@ inline void transpose_4x4(const float* lines, int64_t line_stride, float* out, i
   for (int i = 0; i < 4; ++i) std::memcpy(out + i * stride, &row[i], sizeof row[i]);
 }
 
-// Packs `width` lines (rows of a left operand, columns of a right one) of `depth` elements as depth x padded, zeros beyond `width`.
-// Inlined so that `padded`, a constant at every call, gives copies of a fixed size.
+// Packs `width` lines (rows of a left operand, columns of a right one) of `depth` elements as depth x
+// padded, zeros beyond `width`. Inlined so that `padded`, a constant at every call, gives copies of a fixed
+// size.
 template <class T>
-[[gnu::always_inline]] inline void pack_panel(Strided<T> lines, int64_t width, int64_t depth, int64_t padded, T* out) {
+[[gnu::always_inline]] inline void pack_panel(Strided<T> lines, int64_t width, int64_t depth, int64_t padded,
+                                              T* out) {
   if (lines.row_stride == 1 && width == padded) {
     for (int64_t p = 0; p < depth; ++p) std::memcpy(out + p * padded, lines.at(0, p), padded * sizeof(T));
     return;
@@ -102,7 +77,8 @@ template <class T>
   if constexpr (sizeof(T) == 4) {
     for (; lines.column_stride == 1 && i + 4 <= width; i += 4) {
       int64_t p = 0;
-      for (; p + 4 <= depth; p += 4) transpose_4x4(lines.at(i, p), lines.row_stride, out + p * padded + i, padded);
+      for (; p + 4 <= depth; p += 4)
+        transpose_4x4(lines.at(i, p), lines.row_stride, out + p * padded + i, padded);
       for (; p < depth; ++p)
         for (int64_t r = i; r < i + 4; ++r) out[p * padded + r] = *lines.at(r, p);
     }
@@ -138,14 +114,15 @@ inline void multiply_tile(int64_t depth, const T* a, int64_t a_step, const T* b,
 
 // acc += a b, for a packed depth x Tile::rows and b packed depth x Tile::columns.
 template <class T>
-inline void multiply_panels(int64_t depth, const T* a, const T* b, Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
+inline void multiply_panels(int64_t depth, const T* a, const T* b,
+                            Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors]) {
   multiply_tile<1>(depth, a, Tile<T>::rows, b, Tile<T>::columns, acc);
 }
 
 // The first `height` rows and `width` columns of acc, to c (or added to it).
 template <class T>
-inline void store_tile(const Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors], T* c, int64_t ldc, int64_t height,
-                       int64_t width, bool add) {
+inline void store_tile(const Vec<T> (&acc)[Tile<T>::rows][Tile<T>::vectors], T* c, int64_t ldc,
+                       int64_t height, int64_t width, bool add) {
   constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns, L = lanes<T>;
   if (width == W && height == R) {
 #pragma GCC unroll 12
@@ -180,7 +157,9 @@ class Packed {
   int64_t depth() const { return depth_; }
   int64_t columns() const { return columns_; }
   // The panel of columns [j, j + Tile::columns) for the pass that starts at depth p and is dp deep.
-  const T* panel(int64_t p, int64_t dp, int64_t j) const { return data_.data() + p * padded(columns_) + j * dp; }
+  const T* panel(int64_t p, int64_t dp, int64_t j) const {
+    return data_.data() + p * padded(columns_) + j * dp;
+  }
 
  private:
   static int64_t padded(int64_t columns) {
@@ -192,7 +171,8 @@ class Packed {
   Buffer<T> data_;
 };
 
-// c (rows x b.columns(), row-major with stride ldc) = a b, or += if accumulate. One thread; callers split rows.
+// c (rows x b.columns(), row-major with stride ldc) = a b, or += if accumulate. One thread: callers split
+// the rows.
 template <class T>
 void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc, bool accumulate = false) {
   constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
@@ -211,7 +191,8 @@ void multiply(int64_t rows, Strided<T> a, const Packed<T>& b, T* c, int64_t ldc,
           Vec<T> acc[R][Tile<T>::vectors];
           clear<T>(acc);
           multiply_panels(dp, packed_a.data() + i * dp, b.panel(p, dp, j), acc);
-          store_tile<T>(acc, c + (i0 + i) * ldc + j, ldc, std::min(R, block_rows - i), width, accumulate || p > 0);
+          const int64_t height = std::min(R, block_rows - i);
+          store_tile<T>(acc, c + (i0 + i) * ldc + j, ldc, height, width, accumulate || p > 0);
         }
       }
     }

@@ -1,4 +1,4 @@
-// NT-Xent, forward: the tiles of the upper triangle, one after the other, reduced to a sum of exponentials per row.
+// NT-Xent, forward: the tiles of the upper triangle, reduced to one sum of exponentials per row.
 #include "common/contrast.h"
 #include "nt_xent_tiles.h"
 
@@ -50,7 +50,7 @@ struct TileSums {
   double row_sum[tile];
   alignas(64) T column_sum[tile];
 
-  // Of a tile whose columns beyond the last, up to a whole vector, are excluded like the entries that are no negatives.
+  // Of a tile where `exclude` has marked what is no negative.
   template <bool shared>
   void take(const T* x, int64_t rows, int64_t columns, T bound) {
     constexpr int64_t L = lanes<T>;
@@ -91,7 +91,7 @@ struct TileSums {
   }
 };
 
-// Excludes from tile (a, b) the padding, and each row's own entry or its positive.
+// Excludes from tile (a, b) the padding, up to a whole vector, and each row's own entry or its positive.
 template <class T>
 void exclude(const Views<T>& views, int64_t a, int64_t b, T* x) {
   constexpr T lowest = std::numeric_limits<T>::lowest();
@@ -133,7 +133,8 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
         else
           sums.template take<false>(x, rows, columns, T(0));
         rounds.wait(pair);
-        for (int64_t i = 0; i < rows; ++i) negatives[pair.a * tile + i].add(sums.row_bound[i], sums.row_sum[i]);
+        for (int64_t i = 0; i < rows; ++i)
+          negatives[pair.a * tile + i].add(sums.row_bound[i], sums.row_sum[i]);
         if (pair.a != pair.b)
           for (int64_t j = 0; j < columns; ++j)
             negatives[pair.b * tile + j].add(sums.column_bound[j], sums.column_sum[j]);
@@ -146,9 +147,7 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
       const int64_t other = views.blocks() + block;
       double total = 0;
       for (int64_t i = 0; i < views.count(block); ++i) {
-        const double positive =
-            dot(views.rows(block) + i * views.stride(), views.rows(other) + i * views.stride(), views.channels()) /
-            args.temperature;
+        const double positive = views.positive(block, i) / args.temperature;
         for (int view = 0; view < 2; ++view) {
           const double lse = negatives[(view == 0 ? block : other) * tile + i].log2() / log2_e;
           const double loss = view == 0 || args.symmetric ? softplus(lse - positive) : 0;

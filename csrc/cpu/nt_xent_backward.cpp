@@ -1,4 +1,5 @@
-// NT-Xent, backward: every tile of similarities is formed again, turned into weights, and multiplied with the rows of both sides.
+// NT-Xent, backward: each tile of similarities is formed again, turned into weights, and multiplied with
+// the rows of both its sides.
 #include "common/contrast.h"
 #include "nt_xent_tiles.h"
 
@@ -8,7 +9,7 @@ namespace {
 // Per row: what turns a power of two into a softmax weight, and the weight that the positive lacks.
 template <class T>
 struct RowWeights {
-  Buffer<T> softmax;  // shared bound: the factor of 2^(x - bound); otherwise: what is added to x in the exponent
+  Buffer<T> softmax;  // with a shared bound: the factor of 2^(x - bound); otherwise what is added to x
   Buffer<double> positive;
 };
 
@@ -20,9 +21,7 @@ RowWeights<T> row_weights(const NtXentBackward<T>& args, const Views<T>& views, 
     for (int64_t block = begin; block < end; ++block) {
       const int64_t other = views.blocks() + block;
       for (int64_t i = 0; i < views.count(block); ++i) {
-        const double positive =
-            dot(views.rows(block) + i * views.stride(), views.rows(other) + i * views.stride(), views.channels()) /
-            args.temperature;
+        const double positive = views.positive(block, i) / args.temperature;
         for (int view = 0; view < 2; ++view) {
           const int64_t row = (view == 0 ? block : other) * tile + i;
           const double loss = args.row_losses[view * args.samples + views.first(block) + i];
@@ -42,7 +41,7 @@ RowWeights<T> row_weights(const NtXentBackward<T>& args, const Views<T>& views, 
   return weights;
 }
 
-// x, a tile of similarities, becomes the sum of both softmaxes: of row i at column j, and of row j at column i.
+// x, a tile of similarities, becomes the sum of both softmaxes: row i's at column j, and row j's at column i.
 template <class T, bool shared>
 void form_weights(T* x, int64_t rows, int64_t columns, const T* row, const T* column, T bound) {
   constexpr int64_t L = lanes<T>;
@@ -59,15 +58,16 @@ void form_weights(T* x, int64_t rows, int64_t columns, const T* row, const T* co
 
 // out (rows x channels) += or = w z, with w(i, p) = weights[i * row_stride + p * step].
 template <int64_t row_stride, class T>
-void multiply_weights(const T* weights, int64_t step, int64_t rows, int64_t depth, const T* z, int64_t stride, T* out,
-                      int64_t channels, bool add) {
+void multiply_weights(const T* weights, int64_t step, int64_t rows, int64_t depth, const T* z, int64_t stride,
+                      T* out, int64_t channels, bool add) {
   constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
   for (int64_t c = 0; c < channels; c += W) {
     for (int64_t i = 0; i < rows; i += R) {
       Vec<T> acc[R][Tile<T>::vectors];
       clear<T>(acc);
       multiply_tile<row_stride>(depth, weights + i * row_stride, step, z + c, stride, acc);
-      store_tile<T>(acc, out + i * channels + c, channels, std::min(R, rows - i), std::min(W, channels - c), add);
+      const int64_t height = std::min(R, rows - i), width = std::min(W, channels - c);
+      store_tile<T>(acc, out + i * channels + c, channels, height, width, add);
     }
   }
 }
@@ -99,32 +99,35 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
           form_weights<T, true>(x, rows, columns, row, column, exponents.bound);
         else
           form_weights<T, false>(x, rows, columns, row, column, T(0));
-        if (a == b)
+        if (views.first(a) == views.first(b))  // a row itself, or its positive, which is added at the end
           for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = T(0);
-        else if (views.first(a) == views.first(b))
-          for (int64_t i = 0; i < rows; ++i)
-            x[i * tile + i] = T(-(weights.positive[a * tile + i] + weights.positive[b * tile + i]));
         rounds.wait(pair);
-        multiply_weights<tile>(x, 1, rows, columns, views.rows(b), views.stride(), gradient(a), channels, pair.round > 0);
+        const int64_t stride = views.stride();
+        const bool add = pair.round > 0;
+        multiply_weights<tile>(x, 1, rows, columns, views.rows(b), stride, gradient(a), channels, add);
         if (a != b)
-          multiply_weights<1>(x, tile, columns, rows, views.rows(a), views.stride(), gradient(b), channels, pair.round > 0);
+          multiply_weights<1>(x, tile, columns, rows, views.rows(a), stride, gradient(b), channels, add);
         rounds.finish(pair);
       });
 
-  // From the gradient of the cosines to that of the rows before normalisation.
+  // The positives, then from the gradient of the normalised rows to that of the rows.
   const double rows_averaged = double(args.symmetric ? 2 * args.samples : args.samples);
   const double scale = args.grad / (rows_averaged * args.temperature);
   Buffer<double> along(views.nodes());
   parallel.ranges(views.nodes(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t node = begin; node < end; ++node) {
+      const int64_t other = (node + views.blocks()) % views.nodes();
       double total = 0;
       for (int64_t i = 0; i < views.count(node); ++i) {
-        const T* z = views.rows(node) + i * views.stride();
+        const T *z = views.rows(node) + i * views.stride(), *positive = views.rows(other) + i * views.stride();
         T* dz = gradient(node) + i * channels;
-        const double norm = views.norms(node)[i], radial = dot(z, dz, channels);
+        const double pull = weights.positive[node * tile + i] + weights.positive[other * tile + i];
+        const double radial = dot(z, dz, channels) - pull * dot(z, positive, channels);
+        const double norm = views.norms(node)[i];
         const bool clamped = norm < shortest;  // a constant divisor: the gradient is not projected
-        const T projection = clamped ? T(0) : T(radial), factor = T(scale / (clamped ? shortest : norm));
-        for (int64_t c = 0; c < channels; ++c) dz[c] = (dz[c] - projection * z[c]) * factor;
+        const double projection = clamped ? 0 : radial, factor = scale / (clamped ? shortest : norm);
+        for (int64_t c = 0; c < channels; ++c)
+          dz[c] = T((dz[c] - pull * positive[c] - projection * z[c]) * factor);
         total += radial;
       }
       along[node] = total;
@@ -137,7 +140,11 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
 
 }  // namespace
 
-void nt_xent_backward(const NtXentBackward<float>& args, const Parallel& parallel) { backward(args, parallel); }
-void nt_xent_backward(const NtXentBackward<double>& args, const Parallel& parallel) { backward(args, parallel); }
+void nt_xent_backward(const NtXentBackward<float>& args, const Parallel& parallel) {
+  backward(args, parallel);
+}
+void nt_xent_backward(const NtXentBackward<double>& args, const Parallel& parallel) {
+  backward(args, parallel);
+}
 
 }  // namespace crosspoint::CROSSPOINT_ISA

@@ -1,4 +1,5 @@
-// What the forward and the backward of nt_xent share: normalised views in tiles, similarities of a tile, the order of the tiles.
+// What the forward and the backward of nt_xent share: normalised views in blocks, tiles of similarities,
+// and the order in which the tiles are visited.
 #pragma once
 
 #include <sched.h>
@@ -16,7 +17,7 @@ namespace crosspoint::CROSSPOINT_ISA {
 
 inline constexpr int64_t tile = 96;  // rows of a block: a multiple of every Tile::rows and Tile::columns
 inline constexpr double log2_e = 1.4426950408889634;
-inline constexpr double shortest = 1e-12;  // rows are divided by at least this, as torch.nn.functional.normalize does
+inline constexpr double shortest = 1e-12;  // least divisor of a row, as in torch.nn.functional.normalize
 
 template <class T>
 inline void fill(T* out, int64_t n, T value) {
@@ -74,13 +75,20 @@ class Views {
   // channels x tile, zeros beyond the last row.
   const T* transposed(int64_t node) const { return transposed_.data() + node * tile * channels_; }
 
+  // Cosine of row i of a block of the first view with its positive.
+  double positive(int64_t block, int64_t i) const {
+    return dot(rows(block) + i * stride_, rows(blocks_ + block) + i * stride_, channels_);
+  }
+
   // Cosines of the rows of node a with the rows of node b, times `scale`.
   void similarities(int64_t a, int64_t b, T scale, T* out) const {
     constexpr int64_t R = Tile<T>::rows, W = Tile<T>::columns;
     const T *left = transposed(a), *right = transposed(b);
     const int64_t rows = count(a), columns = count(b);
     for (int64_t j = 0; j < columns; j += W) {
-      for (int64_t i = 0; i < rows; i += R) {
+      // Of a symmetric tile, only what reaches the upper triangle.
+      const int64_t last = a == b ? std::min(rows, j + W) : rows;
+      for (int64_t i = 0; i < last; i += R) {
         Vec<T> acc[R][Tile<T>::vectors];
         clear<T>(acc);
         multiply_tile<1>(channels_, left + i, tile, right + j, tile, acc);
@@ -89,6 +97,9 @@ class Views {
         store_tile<T>(acc, out + i * tile + j, tile, R, W, false);
       }
     }
+    if (a == b)
+      for (int64_t i = 1; i < rows; ++i)
+        for (int64_t j = 0; j < i; ++j) out[i * tile + j] = out[j * tile + i];
   }
 
  private:
@@ -102,7 +113,8 @@ class Views {
       fill(target + channels_, stride_ - channels_, T(0));
       norms_[node * tile + i] = norm;
     }
-    pack_panel(Strided<T>{rows(node), stride_, 1}, count(node), channels_, tile, transposed_.data() + node * tile * channels_);
+    pack_panel(Strided<T>{rows(node), stride_, 1}, count(node), channels_, tile,
+               transposed_.data() + node * tile * channels_);
   }
 
   int64_t samples_, channels_, blocks_, stride_;
@@ -111,12 +123,13 @@ class Views {
   Buffer<double> norms_;
 };
 
-// Exponentials are powers of two, taken relative to a bound: `scale` turns a cosine into an exponent. If the whole range of
-// exponents fits into T (temperatures down to 0.0145 in float, 0.0016 in double), one bound serves all rows, and one
-// power serves the row and the column of an entry. Otherwise each row has its own.
+// Exponentials are powers of two, taken relative to a bound; `scale` turns a cosine into an exponent. Where
+// the whole range of exponents fits into T (temperatures down to 0.0145 in float, 0.0017 in double), one
+// bound serves all rows, and one power both the row and the column of an entry. Otherwise each row has its
+// own.
 template <class T>
 struct Exponents {
-  static constexpr double top = sizeof(T) == 4 ? 100 : 900;  // leaves room to sum, and digits below the least sum
+  static constexpr double top = sizeof(T) == 4 ? 100 : 900;  // room to sum above, and for digits below -top
 
   explicit Exponents(double temperature)
       : scale(log2_e / temperature), shared(std::abs(scale) <= top), bound(T(std::abs(scale) - top)) {}
@@ -126,11 +139,13 @@ struct Exponents {
   T bound;
 };
 
-// The pairs of nodes whose tiles make up the matrix, in rounds: a node is in one pair of each round at most, so that the pairs
-// of a round touch different rows, and every row sees its tiles in the same order whatever the number of threads.
+// The pairs of nodes whose tiles make up the matrix, in rounds. A node is in exactly one pair of a round:
+// the pairs of a round touch different rows, and a row sees its tiles in the same order whatever the number
+// of threads.
 class Rounds {
  public:
-  Rounds(int64_t blocks, bool within_views) : blocks_(blocks), within_views_(within_views), done_(2 * blocks) {
+  Rounds(int64_t blocks, bool within_views)
+      : blocks_(blocks), within_views_(within_views), done_(2 * blocks) {
     fill(done_.data(), 2 * blocks, int64_t(0));
   }
 
@@ -154,7 +169,8 @@ class Rounds {
     return {round, std::min(a, b), std::max(a, b), round % 2 == 0 || slot < blocks_};
   }
 
-  // Until both nodes have finished every earlier round. The positions are handed out in order, so what this waits for runs.
+  // Until both nodes have finished every earlier round. Positions are handed out in order, so what this
+  // waits for is already running.
   void wait(const Pair& pair) const {
     for (int64_t node : {pair.a, pair.b})
       for (int spins = 0; __atomic_load_n(done_.data() + node, __ATOMIC_ACQUIRE) < pair.round; ++spins)

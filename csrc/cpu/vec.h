@@ -1,4 +1,5 @@
-// A thin vector type over the compiler's vector extension: as wide as the variant's registers, arithmetic by operators.
+// A thin vector type over the compiler's vector extension: as wide as the variant's registers, arithmetic
+// by operators.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,8 @@ namespace crosspoint::binding {
 namespace {
 
 template <class T>
-void fill_input(ContrastInput<T>& args, const Tensor& z1, const Tensor& z2, const Tensor& temperature, bool within_views,
-                bool symmetric) {
+void fill_input(ContrastInput<T>& args, const Tensor& z1, const Tensor& z2, const Tensor& temperature,
+                bool within_views, bool symmetric) {
   args.samples = z1.size(0);
   args.channels = z1.size(1);
   args.z1 = data<T>(z1);
@@ -18,7 +18,8 @@ void fill_input(ContrastInput<T>& args, const Tensor& z1, const Tensor& z2, cons
   args.symmetric = symmetric;
 }
 
-std::tuple<Tensor, Tensor> nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric) {
+std::tuple<Tensor, Tensor> nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views,
+                                   bool symmetric) {
   const ScalarType dtype = compute_dtype(z1);
   z1 = dense(z1, dtype);
   z2 = dense(z2, dtype);

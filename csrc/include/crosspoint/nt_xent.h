@@ -17,7 +17,7 @@ struct ContrastInput {
   const T* z2;       // (N, D)
   double temperature;
   bool within_views;  // negatives from both views (NT-Xent), or from the other view only (InfoNCE)
-  bool symmetric;     // the loss averages the rows of both views, or of the first only (InfoNCE in one direction)
+  bool symmetric;     // the loss averages the rows of both views, or only of the first
 };
 
 template <class T>
