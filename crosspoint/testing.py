@@ -1,8 +1,8 @@
 """Comparing operators: how close values must be, and when two neighbour graphs count as the same.
 
 Neighbours are ordered by (squared distance, index). Distances are sums of squared differences in float32
-(float64 for float64 input), and the order of summation is each backend's own, so two backends can disagree where
-distances differ by no more than their rounding. The rule, here and nowhere else:
+(float64 for float64 input), and the order of summation is each backend's own, so two backends can disagree
+where distances differ by no more than their rounding. The rule, here and nowhere else:
 
 * *Exact ties* go by index on every backend: points with the same coordinates, and distances that every order
   of summation computes without rounding (lattices, small integers).

@@ -9,8 +9,8 @@ that nothing is lost far from the origin. Faster forms only sort out candidates,
 error. A NaN distance counts as +inf: a neighbour of last resort.
 
 *Order.* Equal distances go by index. Distances that are exactly representable (duplicates, lattices) are
-equal on every backend; otherwise two backends may exchange neighbours whose distances differ by less than their
-rounding: `crosspoint.testing.assert_same_graph` holds the rule. Results are bitwise equal over runs and
+equal on every backend; otherwise two backends may exchange neighbours whose distances differ by less than
+their rounding: `crosspoint.testing.assert_same_graph` holds the rule. Results are bitwise equal over runs and
 thread counts.
 
 *Memory.* Beyond the outputs, the CPU kernels hold the clouds once or twice more (16 MB at a time, or one
