@@ -110,7 +110,6 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
   }
   const Views<T> views(args, parallel);
   const Exponents<T> exponents(args.temperature);
-  Rounds rounds(views.blocks(), args.within_views);
   Buffer<LogSum> negatives(views.nodes() * tile);
   fill(negatives.data(), views.nodes() * tile, LogSum());
 
@@ -118,28 +117,24 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
     ScratchTile<T> similarities;
     TileSums<T> sums;
   };
-  parallel.items(
-      rounds.size(), [] { return Scratch(); },
-      [&](int64_t position, Scratch& scratch) {
-        const auto pair = rounds.at(position);
-        if (!pair.exists) return;
-        const int64_t rows = views.count(pair.a), columns = views.count(pair.b);
-        T* x = scratch.similarities.data;
-        TileSums<T>& sums = scratch.sums;
-        views.similarities(pair.a, pair.b, T(exponents.scale), x);
-        exclude(views, pair.a, pair.b, x);
-        if (exponents.shared)
-          sums.template take<true>(x, rows, columns, exponents.bound);
-        else
-          sums.template take<false>(x, rows, columns, T(0));
-        rounds.wait(pair);
-        for (int64_t i = 0; i < rows; ++i)
-          negatives[pair.a * tile + i].add(sums.row_bound[i], sums.row_sum[i]);
-        if (pair.a != pair.b)
-          for (int64_t j = 0; j < columns; ++j)
-            negatives[pair.b * tile + j].add(sums.column_bound[j], sums.column_sum[j]);
-        rounds.finish(pair);
-      });
+  const auto compute = [&](int64_t a, int64_t b, Scratch& scratch) {
+    T* x = scratch.similarities.data;
+    views.similarities(a, b, T(exponents.scale), x);
+    exclude(views, a, b, x);
+    if (exponents.shared)
+      scratch.sums.template take<true>(x, views.count(a), views.count(b), exponents.bound);
+    else
+      scratch.sums.template take<false>(x, views.count(a), views.count(b), T(0));
+  };
+  const auto merge = [&](int64_t a, int64_t b, const Scratch& scratch) {
+    const TileSums<T>& sums = scratch.sums;
+    for (int64_t i = 0; i < views.count(a); ++i)
+      negatives[a * tile + i].add(sums.row_bound[i], sums.row_sum[i]);
+    if (a != b)
+      for (int64_t j = 0; j < views.count(b); ++j)
+        negatives[b * tile + j].add(sums.column_bound[j], sums.column_sum[j]);
+  };
+  Rounds(views.blocks(), args.within_views).run(parallel, [] { return Scratch(); }, compute, merge);
 
   Buffer<double> totals(views.blocks());
   parallel.ranges(views.blocks(), 1, [&](int64_t begin, int64_t end) {

@@ -84,31 +84,30 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
     return (node < views.blocks() ? args.dz1 : args.dz2) + views.first(node) * channels;
   };
 
-  Rounds rounds(views.blocks(), args.within_views);
-  parallel.items(
-      rounds.size(), [] { return ScratchTile<T>(); },
-      [&](int64_t position, ScratchTile<T>& scratch) {
-        const auto pair = rounds.at(position);
-        if (!pair.exists) return;
-        const int64_t a = pair.a, b = pair.b;
-        const int64_t rows = views.count(a), columns = views.count(b);
-        T* x = scratch.data;
-        views.similarities(a, b, T(exponents.scale), x);
-        const T *row = weights.softmax.data() + a * tile, *column = weights.softmax.data() + b * tile;
-        if (exponents.shared)
-          form_weights<T, true>(x, rows, columns, row, column, exponents.bound);
-        else
-          form_weights<T, false>(x, rows, columns, row, column, T(0));
-        if (views.first(a) == views.first(b))  // a row itself, or its positive, which is added at the end
-          for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = T(0);
-        rounds.wait(pair);
-        const int64_t stride = views.stride();
-        const bool add = pair.round > 0;
-        multiply_weights<tile>(x, 1, rows, columns, views.rows(b), stride, gradient(a), channels, add);
-        if (a != b)
-          multiply_weights<1>(x, tile, columns, rows, views.rows(a), stride, gradient(b), channels, add);
-        rounds.finish(pair);
-      });
+  const auto compute = [&](int64_t a, int64_t b, ScratchTile<T>& scratch) {
+    const int64_t rows = views.count(a), columns = views.count(b);
+    const T *row = weights.softmax.data() + a * tile, *column = weights.softmax.data() + b * tile;
+    T* x = scratch.data;
+    views.similarities(a, b, T(exponents.scale), x);
+    if (exponents.shared)
+      form_weights<T, true>(x, rows, columns, row, column, exponents.bound);
+    else
+      form_weights<T, false>(x, rows, columns, row, column, T(0));
+    if (views.first(a) == views.first(b))  // a row itself, or its positive, which is added at the end
+      for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = T(0);
+  };
+  Buffer<bool> begun(views.nodes());
+  fill(begun.data(), views.nodes(), false);
+  const auto merge = [&](int64_t a, int64_t b, const ScratchTile<T>& scratch) {
+    const int64_t rows = views.count(a), columns = views.count(b), stride = views.stride();
+    const T* w = scratch.data;
+    multiply_weights<tile>(w, 1, rows, columns, views.rows(b), stride, gradient(a), channels, begun[a]);
+    begun[a] = true;
+    if (a == b) return;
+    multiply_weights<1>(w, tile, columns, rows, views.rows(a), stride, gradient(b), channels, begun[b]);
+    begun[b] = true;
+  };
+  Rounds(views.blocks(), args.within_views).run(parallel, [] { return ScratchTile<T>(); }, compute, merge);
 
   // The positives, then from the gradient of the normalised rows to that of the rows.
   const double rows_averaged = double(args.symmetric ? 2 * args.samples : args.samples);
@@ -119,7 +118,8 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
       const int64_t other = (node + views.blocks()) % views.nodes();
       double total = 0;
       for (int64_t i = 0; i < views.count(node); ++i) {
-        const T *z = views.rows(node) + i * views.stride(), *positive = views.rows(other) + i * views.stride();
+        const T* z = views.rows(node) + i * views.stride();
+        const T* positive = views.rows(other) + i * views.stride();
         T* dz = gradient(node) + i * channels;
         const double pull = weights.positive[node * tile + i] + weights.positive[other * tile + i];
         const double radial = dot(z, dz, channels) - pull * dot(z, positive, channels);

@@ -139,51 +139,76 @@ struct Exponents {
   T bound;
 };
 
-// The pairs of nodes whose tiles make up the matrix, in rounds. A node is in exactly one pair of a round:
-// the pairs of a round touch different rows, and a row sees its tiles in the same order whatever the number
-// of threads.
+// The tiles that make up the matrix, as tasks: all tiles of a group of nodes with another group (or with
+// itself), in rounds. A group is in exactly one task of a round: the tasks of a round touch different rows,
+// and a row sees its tiles in the same order whatever the number of threads.
 class Rounds {
  public:
   Rounds(int64_t blocks, bool within_views)
-      : blocks_(blocks), within_views_(within_views), done_(2 * blocks) {
-    fill(done_.data(), 2 * blocks, int64_t(0));
+      : blocks_(blocks),
+        // Larger groups re-use a node while it is in the cache, smaller ones occupy more threads.
+        members_(std::max<int64_t>(1, std::min<int64_t>(4, blocks / 10))),
+        groups_((blocks + members_ - 1) / members_),
+        within_views_(within_views),
+        done_(2 * groups_) {
+    fill(done_.data(), 2 * groups_, int64_t(0));
   }
 
-  // Positions to visit in order; some hold no pair.
-  int64_t size() const { return within_views_ ? 2 * blocks_ * (blocks_ + 1) : blocks_ * blocks_; }
-
-  struct Pair {
-    int64_t round, a, b;
-    bool exists;
-  };
-
-  Pair at(int64_t position) const {
-    if (!within_views_) {
-      const int64_t round = position / blocks_, a = position % blocks_;
-      return {round, a, blocks_ + (a + round) % blocks_, true};
-    }
-    // Round r pairs a with b where a + b = r modulo the number of nodes, which is even.
-    const int64_t nodes = 2 * blocks_, slots = blocks_ + 1;
-    const int64_t round = position / slots, slot = position % slots;
-    const int64_t a = ((round + 1) / 2 + slot) % nodes, b = (round / 2 - slot + nodes) % nodes;
-    return {round, std::min(a, b), std::max(a, b), round % 2 == 0 || slot < blocks_};
-  }
-
-  // Until both nodes have finished every earlier round. Positions are handed out in order, so what this
-  // waits for is already running.
-  void wait(const Pair& pair) const {
-    for (int64_t node : {pair.a, pair.b})
-      for (int spins = 0; __atomic_load_n(done_.data() + node, __ATOMIC_ACQUIRE) < pair.round; ++spins)
-        if (spins > 256) sched_yield();
-  }
-
-  void finish(const Pair& pair) {
-    __atomic_store_n(done_.data() + pair.a, pair.round + 1, __ATOMIC_RELEASE);
-    __atomic_store_n(done_.data() + pair.b, pair.round + 1, __ATOMIC_RELEASE);
+  // For every tile (a, b), a <= b where the matrix is symmetric: compute(a, b, scratch) at any time, then
+  // merge(a, b, scratch) when a and b have finished their earlier rounds; only merge may write to what
+  // belongs to the rows of a and b.
+  template <class MakeScratch, class Compute, class Merge>
+  void run(const Parallel& parallel, MakeScratch&& make_scratch, Compute&& compute, Merge&& merge) {
+    const int64_t slots = within_views_ ? groups_ + 1 : groups_;
+    const int64_t rounds = within_views_ ? 2 * groups_ : groups_;
+    parallel.items(rounds * slots, make_scratch, [&](int64_t position, auto& scratch) {
+      const int64_t round = position / slots, slot = position % slots;
+      int64_t first = slot, second = groups_ + (slot + round) % groups_;
+      if (within_views_) {
+        // Round r pairs a with b where a + b = r modulo the number of groups, which is even.
+        if (round % 2 == 1 && slot == groups_) return;
+        const int64_t all = 2 * groups_;
+        first = ((round + 1) / 2 + slot) % all;
+        second = (round / 2 - slot + all) % all;
+        if (first > second) swap(first, second);
+      }
+      bool waiting = true;
+      for (int64_t i = 0; i < size(first); ++i) {
+        const int64_t from = first == second ? i : 0, a = node(first, i);
+        for (int64_t j = from; j < size(second); ++j) {
+          // There and back, so that the last node of a line is the first of the next.
+          const int64_t b = node(second, i % 2 == 0 ? j : size(second) - 1 - j + from);
+          compute(a, b, scratch);
+          if (waiting) wait(round, first, second);
+          waiting = false;
+          merge(a, b, scratch);
+        }
+      }
+      __atomic_store_n(done_.data() + first, round + 1, __ATOMIC_RELEASE);
+      __atomic_store_n(done_.data() + second, round + 1, __ATOMIC_RELEASE);
+    });
   }
 
  private:
-  int64_t blocks_;
+  int64_t size(int64_t group) const { return std::min(members_, blocks_ - group % groups_ * members_); }
+  int64_t node(int64_t group, int64_t i) const {
+    return group / groups_ * blocks_ + group % groups_ * members_ + i;
+  }
+
+  static void swap(int64_t& a, int64_t& b) {
+    const int64_t old = a;
+    a = b;
+    b = old;
+  }
+
+  // Tasks are handed out in order, so those that this waits for are already running.
+  void wait(int64_t round, int64_t first, int64_t second) const {
+    for (int64_t group : {first, second})
+      for (int spins = 0; __atomic_load_n(done_.data() + group, __ATOMIC_ACQUIRE) < round; ++spins)
+        if (spins > 256) sched_yield();
+  }
+
+  int64_t blocks_, members_, groups_;
   bool within_views_;
   Buffer<int64_t> done_;
 };

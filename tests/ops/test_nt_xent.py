@@ -388,15 +388,25 @@ def test_views_are_symmetric(backend, size, seed):
 
 @losses
 @backends
-@pytest.mark.parametrize("temperature", [0.1, 0.005])
-def test_any_number_of_threads_gives_the_same_bits(backend, loss, temperature):
-    z1, z2 = (z.to(backend[1]) for z in views(500, 20, noise=2.0, dtype=torch.float32))
+@pytest.mark.parametrize("n, temperature", [(500, 0.1), (500, 0.005), (2000, 0.1)])
+def test_any_number_of_threads_gives_the_same_bits(backend, loss, n, temperature):
+    z1, z2 = (z.to(backend[1]) for z in views(n, 20, noise=2.0, dtype=torch.float32))
     results = []
     for count in (1, 2, 3, 8, 2):
         with threads(count):
             results.append(evaluate(loss, backend[0], z1, z2, temperature))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@losses
+@backends
+def test_many_blocks(backend, loss):
+    """So many that several make up a task."""
+    z1, z2 = views(1830, 3)
+    expected = evaluate(loss, "plain", z1, z2, 0.1)
+    actual = evaluate(loss, backend[0], *(z.to(backend[1]) for z in (z1, z2)), 0.1)
+    assert_all_close(actual, expected, 1e-11)
 
 
 MEMORY = """
