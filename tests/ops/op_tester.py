@@ -19,11 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosspoint import ops
 from crosspoint.ops import reference
+from crosspoint.testing import TOLERANCE
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Largest error of a value, relative to the largest value of its tensor.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass
