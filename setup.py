@@ -31,7 +31,8 @@ COMMON_FLAGS = [
     "-fno-trapping-math",
 ]
 if SANITIZE:
-    COMMON_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    COMMON_FLAGS += ["-O1", "-g", "-fno-omit-frame-pointer"]
+    COMMON_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
 LINK_FLAGS = [f"-fsanitize={SANITIZE}"] if SANITIZE else ["-Wl,-z,defs", "-s"]
 VARIANT_FLAGS = {"baseline": []}
 if X86:
@@ -49,9 +50,9 @@ def torch_paths() -> tuple[list[str], list[str]]:
         from torch.utils import cpp_extension
     except ImportError:
         raise SystemExit(
-            "crosspoint's kernels are built against an installed torch >= 2.11, and this Python has none. Either install "
-            "torch first and run `pip install --no-build-isolation .`, or set CROSSPOINT_BUILD=0 to install "
-            "without kernels (the plain-PyTorch reference runs everything, slower)."
+            "crosspoint's kernels are built against an installed torch >= 2.11, and this Python has none. Either "
+            "install torch first and run `pip install --no-build-isolation .`, or set CROSSPOINT_BUILD=0 to "
+            "install without kernels (the plain-PyTorch reference runs everything, slower)."
         ) from None
     return cpp_extension.include_paths(), cpp_extension.library_paths()
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.train_step --batch 32 --points 2048 --k 20 --steps 3 --out step.json
 
-Each variant lives in a process of its own (peak resident memory is a process's figure), holds the same weights and the
-same clouds, and steps in turn with the others, so that a change of the machine's speed meets all of them. With
-`--malloc tuned` glibc keeps large blocks instead of returning them to the kernel after every tensor: the harder
-baseline, because most of what the plain step loses otherwise is page faults.
+Each variant lives in a process of its own (peak resident memory is a process's figure), holds the same weights
+and the same clouds, and steps in turn with the others, so that a change of the machine's speed meets all of
+them. With `--malloc tuned` glibc keeps large blocks instead of returning them to the kernel after every tensor:
+the harder baseline, because most of what the plain step loses otherwise is page faults.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def serve(variant: str, args: argparse.Namespace, pipe: Connection) -> None:
     model = make_model(variant, args.k).train()
     points = clouds(args.batch, args.points)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    warm = model(points[:2, : max(args.k, 64)]).square().mean()  # libraries loaded, buffers of the pool in place
-    warm.backward()
+    # Libraries get loaded and the thread pool started before memory is counted.
+    model(points[:2, : max(args.k, 64)]).square().mean().backward()
     model.load_state_dict(make_model(variant, args.k).state_dict())
     base = peak_resident()
     while pipe.recv() == "step":

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as crosspoint.kernels. This version has none; every op runs on its C++ or reference backend."""
+"""Triton kernels, installed as crosspoint.kernels. This version has none: ops run in C++ or on the reference."""

@@ -1,7 +1,7 @@
 """Every operator in plain PyTorch: the definitions that all other backends are compared with.
 
-They run on any device and in any floating dtype, and autograd differentiates them. Half types are computed in
-float32. They are written to be read; memory and speed come second.
+They run on any device and in any floating dtype, and autograd differentiates them. Half types are computed
+in float32. They are written to be read; memory and speed come second.
 """
 
 from __future__ import annotations
@@ -174,4 +174,5 @@ def _contrast(similarity: Tensor, positive: Tensor, negatives: Tensor) -> Tensor
     """-log softmax at the positive, with the positive kept out of the sum: exact for tiny losses too."""
     own = similarity.masked_fill(~positive, 0).sum(1)
     others = similarity.masked_fill(~negatives, -torch.inf).logsumexp(1)
-    return F.softplus(others - own, threshold=50).mean()  # beyond 50 it is linear to the last digit of float64
+    # Beyond 50, softplus is linear to the last digit of float64.
+    return F.softplus(others - own, threshold=50).mean()
