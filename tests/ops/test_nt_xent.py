@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tester import Call, OpTester, compiled_backends, threads
 from torch import Tensor
 
 from crosspoint import ops
 from crosspoint.ops import reference
+from op_tester import Call, OpTester, compiled_backends, threads
 
 BACKENDS = compiled_backends("nt_xent")
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=["-".join(pair) for pair in BACKENDS])
