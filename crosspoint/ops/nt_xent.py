@@ -111,6 +111,8 @@ def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tupl
         raise ValueError(
             f"{op}: z1 and z2 must be on one device, got {z1.device} and {z2.device}; move one of them"
         )
+    if z2 is z1:
+        z2 = z1.view_as(z1)  # torch.compile traces no Function that is given one tensor twice
     dtype = _compute_dtype(z1)
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
