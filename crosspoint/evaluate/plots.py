@@ -80,7 +80,6 @@ def draw_embedding(
         text.set_color([0.6 * channel for channel in colour])
         text.set_path_effects([effects.withStroke(linewidth=2.2, foreground="white", alpha=0.9)])
     axes.set(title=title, xticks=[], yticks=[])
-    axes.set_aspect("equal", adjustable="datalim")
 
 
 def confusion_counts(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:

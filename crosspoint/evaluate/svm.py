@@ -68,7 +68,7 @@ class SvmConfig:
     """The first so many points of each cloud."""
     up: Literal["y", "z"] = "y"
     """Axis that points up in these clouds; they are turned to the one about which the run was pre-trained."""
-    c_grid: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+    c_grid: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
     """The values of C to choose from."""
     holdout: float = 0.2
     """Part of the training split, stratified by class, on which C is chosen."""
