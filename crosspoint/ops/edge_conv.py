@@ -2,23 +2,26 @@
 
     y_i = max over the edges (i, j) of leaky_relu(batch_norm(weight @ [x_j - x_i, x_i]))
 
-The same in plain PyTorch, with `conv = nn.Conv2d(2 * C_in, C_out, 1, bias=False)` and `bn = nn.BatchNorm2d(C_out)`:
+The same in plain PyTorch; conv is `nn.Conv2d(2 * C_in, C_out, 1, bias=False)`, bn `nn.BatchNorm2d(C_out)`:
 
     neighbours = x[torch.arange(B)[:, None, None], idx]                      # (B, N, k, C_in)
     centres = x[:, :, None].expand_as(neighbours)
     edges = torch.cat([neighbours - centres, centres], -1).permute(0, 3, 1, 2)
     y = F.leaky_relu(bn(conv(edges)), negative_slope).max(-1).values.transpose(1, 2)
 
-Here no tensor with both an edge axis and a channel axis is ever stored. With weight = [A | B], an edge carries
-A x_j + (B - A) x_i: two products over nodes, then a gather of the larger one's rows. Activation and norm are monotonic,
-so the maximum is taken before them; mean and variance of all edges, and the dense terms of their gradient, follow
-from sums over each node's edges in either direction. Clouds are centred first, and the variance adds scatter within
-clouds to scatter between them, so that points far from the origin lose nothing.
+Here no tensor with both an edge axis and a channel axis is ever stored. With weight = [A | B], an edge
+carries A x_j + (B - A) x_i: two products over nodes, then a gather of the first one's rows. Norm and
+activation are monotonic, so the maximum is taken before them. Mean and variance over all edges, and the
+dense terms of their gradient, follow from the sums over each node's edges in either direction. Clouds are
+centred first, and the variance adds scatter within clouds to scatter between them, so that points far from
+the origin lose nothing.
 
-Memory beside inputs, output and gradients, in elements of 4 bytes (8 for float64), with M = B N C_out: 3.25 M kept for the
-backward pass in training, 1.25 M otherwise (a slot byte and up to three sums per output; a slot takes 4 bytes if
-k > 256), nothing without gradients. While running: per thread N (C_in + 128); forward 1.5 B N k in training; backward
-min(B, 16) 2 C_in C_out, and B N C_in for each further part of the channels when fewer than 16 clouds share the work.
+Memory beside inputs, output and gradients, in elements of 4 bytes (8 for float64), with M = B N C_out. Kept
+for the backward pass: 3.25 M in training, 1.25 M otherwise (up to three sums and a slot byte per output; a
+slot takes 4 bytes if k > 256). While running, per thread N (C_in + 128); forward, in training, B N (k + 2);
+backward 2 min(B, 16) C_in C_out, and B N C_in for each further part of the channels where fewer than 16
+clouds share the work. Half types are widened: add a float32 copy of x, out and its gradient. Without
+gradients nothing is kept.
 
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
@@ -52,18 +55,19 @@ def edge_conv(
 ) -> Tensor:
     """max over the neighbours j of i of leaky_relu(batch_norm(weight @ [x_j - x_i, x_i])).
 
-    Edges whose index is -1 do not exist, neither in the maximum nor in the statistics; a node without any gives 0
-    and takes no gradient. Of edges that tie, the lowest slot wins; where gamma is 0 all edges tie. NaN wins over every
-    number, as in `torch.max`. Results are bitwise the same from run to run and for any number of threads.
+    Edges whose index is -1 do not exist, neither in the maximum nor in the statistics; a node without any
+    gives 0 and takes no gradient. Of edges that tie, the lowest slot wins; where gamma is 0 all edges tie.
+    NaN wins over every number, as in `torch.max`. Results are bitwise the same from run to run and for any
+    number of threads.
 
     Args:
-        x: (B, N, C_in), float64, float32, float16 or bfloat16. Half types are computed in float32. Under autocast it
-            is cast to autocast's dtype first.
+        x: (B, N, C_in), float64, float32, float16 or bfloat16. Half types are computed in float32. Under
+            autocast it is cast to autocast's dtype first (float64 stays).
         idx: (B, N, k) int64: the neighbours of each node, rows of the same cloud, or -1.
         weight: (C_out, 2 C_in), its columns for [x_j - x_i, x_i].
         gamma, beta: (C_out,), the affine parameters of the norm; both None: no norm.
-        running_mean, running_var: (C_out,) or both None. Updated in place when training, as by `nn.BatchNorm2d`
-            (an empty batch leaves them alone); the statistics to use otherwise.
+        running_mean, running_var: (C_out,), or both None. Updated in place when training, as by
+            `nn.BatchNorm2d` (an empty batch leaves them alone); the statistics to use otherwise.
         training: whether the statistics are those of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
@@ -74,8 +78,8 @@ def edge_conv(
         (B, N, C_out) in the dtype of x (or autocast's). Differentiable once in x, weight, gamma and beta.
 
     Raises:
-        ValueError, TypeError: for shapes, dtypes and options; ValueError also when training with a single value
-            per channel, as in PyTorch.
+        ValueError, TypeError: for shapes, dtypes and options; ValueError also when training with a single
+            value per channel, as in PyTorch.
         RuntimeError: for evaluation with a norm but without running statistics, as in PyTorch.
         IndexError: for an entry of idx that is neither -1 nor in [0, N).
     """
@@ -134,12 +138,13 @@ def _check(
         raise TypeError(f"edge_conv: idx must be int64, got {idx.dtype}; use idx.long()")
     if idx.dim() != 3 or idx.shape[:2] != x.shape[:2]:
         raise ValueError(
-            f"edge_conv: idx must be (B, N, k) with the B and N of x {tuple(x.shape)}, got shape {tuple(idx.shape)}"
+            f"edge_conv: idx must be (B, N, k) = ({x.shape[0]}, {x.shape[1]}, k), as x is {tuple(x.shape)}; "
+            f"got shape {tuple(idx.shape)}"
         )
     if weight.dim() != 2 or weight.shape[1] != 2 * x.shape[2]:
         raise ValueError(
-            f"edge_conv: weight must be (C_out, 2 C_in) = (C_out, {2 * x.shape[2]}), got shape {tuple(weight.shape)}; "
-            "of a 1x1 Conv2d, pass conv.weight.flatten(1)"
+            f"edge_conv: weight must be (C_out, 2 C_in) = (C_out, {2 * x.shape[2]}), got shape "
+            f"{tuple(weight.shape)}; of a 1x1 Conv2d, pass conv.weight.flatten(1)"
         )
     for (first, one), (second, other) in (
         (("gamma", gamma), ("beta", beta)),
@@ -166,8 +171,8 @@ def _check(
             )
         if tensor.dtype not in _FLOATS or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
             raise TypeError(
-                f"edge_conv: {name} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or none "
-                "(float32, float16 and bfloat16 mix)"
+                f"edge_conv: {name} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or "
+                "none of them (float32, float16 and bfloat16 mix)"
             )
         if tensor.device != x.device:
             raise ValueError(f"edge_conv: {name} is on {tensor.device}, but x is on {x.device}")
@@ -192,22 +197,6 @@ def _check(
             "edge_conv: running_mean and running_var must be given in evaluation mode; pass them, or "
             "training=True to use the statistics of this batch"
         )
-
-
-_library.define(
-    "edge_conv(Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, bool training, float momentum, float eps, float negative_slope, bool backward)"
-    " -> (Tensor out, Tensor winner, Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, Tensor centre, "
-    "Tensor offset, Tensor rstd)",
-    lambda *args: _fake_forward(*args),
-)
-_library.define(
-    "edge_conv_backward(Tensor grad, Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, Tensor winner, "
-    "Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, Tensor centre, Tensor offset, Tensor rstd, "
-    "bool training, float negative_slope, bool need_x, bool need_weight)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)",
-    lambda *args: _fake_backward(*args),
-)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -261,6 +250,22 @@ def _fake_backward(
         x.new_empty(channels, dtype=dtype),
         x.new_empty(channels, dtype=dtype),
     )
+
+
+_library.define(
+    "edge_conv(Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, float negative_slope, bool backward)"
+    " -> (Tensor out, Tensor winner, Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, "
+    "Tensor centre, Tensor offset, Tensor rstd)",
+    _fake_forward,
+)
+_library.define(
+    "edge_conv_backward(Tensor grad, Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, "
+    "Tensor winner, Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, Tensor centre, "
+    "Tensor offset, Tensor rstd, bool training, float negative_slope, bool need_x, bool need_weight)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)",
+    _fake_backward,
+)
 
 
 class _EdgeConv(torch.autograd.Function):
@@ -374,7 +379,8 @@ class _EdgeConvBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "the second derivative of edge_conv is not supported; impl='reference' differentiates any number of times"
+            "the second derivative of edge_conv is not supported; impl='reference' differentiates any number "
+            "of times"
         )
 
 

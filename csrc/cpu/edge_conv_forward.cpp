@@ -8,13 +8,15 @@ namespace {
 template <class T>
 using Mask = decltype(Vec<T>{} > Vec<T>{});
 
-// The graph of every cloud turned around: the nodes whose edges lead to node j are from[start[j]] ... from[start[j + 1] - 1], ascending.
+// The graph of every cloud turned around: the nodes whose edges lead to node j are from[start[j]] ...
+// from[start[j + 1] - 1], ascending.
 struct ReverseGraph {
   Buffer<int64_t> start;  // (batch, n + 1)
   Buffer<int32_t> from;   // (batch, n k)
 };
 
-void reverse_cloud(int64_t n, int64_t k, const int64_t* idx, const int32_t* in_degree, int64_t* start, int32_t* from) {
+void reverse_cloud(int64_t n, int64_t k, const int64_t* idx, const int32_t* in_degree, int64_t* start,
+                   int32_t* from) {
   start[0] = 0;
   for (int64_t j = 0; j < n; ++j) start[j + 1] = start[j] + in_degree[j];
   // start[j] walks through j's range while that is filled, and so ends where the next one begins.
@@ -42,8 +44,9 @@ int64_t count_degrees(int64_t n, int64_t k, const int64_t* idx, int32_t* out_deg
   return edges;
 }
 
-// About the mean of the nodes that have edges. Any constant would be right: this one keeps rounding small far from the origin, and
-// its few bits keep x - centre exact for points on a lattice, so that their ties stay ties.
+// About the mean of the nodes that have edges. Any constant would be right: this one keeps rounding small far
+// from the origin, and its few bits keep x - centre exact for points on a lattice, so that their ties stay
+// ties.
 template <class T>
 void choose_centre(int64_t n, int64_t c_in, const T* x, const int32_t* out_degree, T* centre) {
   Buffer<double> sum(c_in), square(c_in);
@@ -59,7 +62,8 @@ void choose_centre(int64_t n, int64_t c_in, const T* x, const int32_t* out_degre
     }
   }
   for (int64_t c = 0; c < c_in; ++c) {
-    const double count = std::max<int64_t>(nodes, 1), mean = sum[c] / count, spread = std::sqrt(square[c] / count - mean * mean);
+    const double count = std::max<int64_t>(nodes, 1), mean = sum[c] / count,
+                 spread = std::sqrt(square[c] / count - mean * mean);
     double rounded = mean;
     if (spread > 0 && std::isfinite(spread)) {
       int exponent;
@@ -76,20 +80,20 @@ template <class T>
 struct Block {
   const EdgeConvForwardArgs<T>& args;
   int64_t cloud, first, channels, width;  // width: stride of neighbour and own
-  const int64_t* idx;
-  const int32_t* out_degree;
-  const int32_t* in_degree;
-  const T* neighbour;   // A x_j of every node
-  const T* own;         // (B - A) x_i
-  const T* dead;        // per channel, 1 where gamma = 0
-  const T* scale;       // per channel; null if the statistics are not known yet
-  const T* shift;
-  T* pending;           // (n, c_out) of this cloud: where h of the winners goes, or null
-  double* sums;         // per channel of the block: sum of h, of h^2; null unless training
-  double* squares;
-  const int32_t* slots;  // 0, 1, ..., k - 1
-  int64_t* valid_neighbours;  // room for one node's list
-  int32_t* valid_slots;
+  const int64_t* idx = nullptr;
+  const int32_t* out_degree = nullptr;
+  const int32_t* in_degree = nullptr;
+  const T* neighbour = nullptr;  // A x_j of every node
+  const T* own = nullptr;        // (B - A) x_i
+  const T* dead = nullptr;       // per channel, 1 where gamma = 0
+  const T* scale = nullptr;      // per channel; null as long as the statistics are not known
+  const T* shift = nullptr;
+  T* pending = nullptr;    // (n, c_out) of this cloud: where h of the winners goes, or null
+  double* sums = nullptr;  // per channel: sum of h and of h^2 over the edges; null unless training
+  double* squares = nullptr;
+  const int32_t* slots = nullptr;       // 0, 1, ..., k - 1
+  int64_t* valid_neighbours = nullptr;  // room for one node's list
+  int32_t* valid_slots = nullptr;
 
   int64_t position(int64_t i, int64_t c) const { return i * args.c_out + first + c; }
 };
@@ -104,12 +108,14 @@ Mask<T> is_finite(Vec<T> v) {
   return v - v == Vec<T>{};
 }
 
-// Where v beats the m that came before it. Exact: a NaN wins and stays, and where gamma = 0 all values tie unless 0 * v is NaN.
+// Where v beats the m that came before it. Exact: a NaN wins and stays, and where gamma = 0 all values tie
+// unless 0 * v is NaN.
 template <bool Exact, class T>
 inline Mask<T> beats(Vec<T> v, Vec<T> m, [[maybe_unused]] Vec<T> dead) {
   if constexpr (!Exact) return v > m;
   const Mask<T> alive = dead == Vec<T>{};
-  return (alive & ((v > m) | (is_nan<T>(v) & ~is_nan<T>(m)))) | (~alive & (~is_finite<T>(v) & is_finite<T>(m)));
+  return (alive & ((v > m) | (is_nan<T>(v) & ~is_nan<T>(m)))) |
+         (~alive & (~is_finite<T>(v) & is_finite<T>(m)));
 }
 
 template <class T>
@@ -123,13 +129,15 @@ inline void store_slots(void* slots, int slot_bytes, int64_t position, Mask<T> s
     Lane line[lanes<T>];
     std::memcpy(line, &slot, sizeof slot);
     int32_t* target = static_cast<int32_t*>(slots) + position;
-    for (int64_t l = 0; l < std::min<int64_t>(valid, lanes<T>); ++l) target[l] = static_cast<int32_t>(line[l]);
+    for (int64_t l = 0; l < std::min<int64_t>(valid, lanes<T>); ++l)
+      target[l] = static_cast<int32_t>(line[l]);
   }
 }
 
 // Maximum, slot and sum over the edges of every node, for V vectors of channels from column c of the block.
+// Not inlined: its accumulators need the registers.
 template <int V, bool Exact, class T>
-void gather(const Block<T>& block, int64_t c) {
+__attribute__((noinline)) void gather(const Block<T>& block, int64_t c) {
   constexpr int64_t L = lanes<T>;
   const EdgeConvForwardArgs<T>& args = block.args;
   const EdgeConvSaved<T>& saved = args.saved;
@@ -139,7 +147,9 @@ void gather(const Block<T>& block, int64_t c) {
   Vec<T> dead[V], scale[V] = {}, shift[V] = {};
   for (int v = 0; v < V; ++v) {
     dead[v] = load(block.dead + c + v * L);
-    if (block.scale != nullptr) scale[v] = load(block.scale + c + v * L), shift[v] = load(block.shift + c + v * L);
+    if (block.scale == nullptr) continue;
+    scale[v] = load(block.scale + c + v * L);
+    shift[v] = load(block.shift + c + v * L);
   }
   for (int64_t i0 = 0; i0 < n; i0 += kStatisticsRows) {
     Vec<T> total[V] = {}, square[V] = {};
@@ -194,7 +204,7 @@ void gather(const Block<T>& block, int64_t c) {
         }
         if (block.scale != nullptr) {
           const Vec<T> z = winner * scale[v] + shift[v];
-          store_part(args.out + node + v * L, degree > 0 ? (z > T(0) ? z : z * slope) : Vec<T>{}, rest);
+          store_part(args.out + node + v * L, degree > 0 ? leaky(z, slope) : Vec<T>{}, rest);
         }
       }
     }
@@ -209,11 +219,14 @@ void gather(const Block<T>& block, int64_t c) {
 
 // Sum of h over the edges that lead to every node.
 template <int V, class T>
-void gather_reverse(const Block<T>& block, const int64_t* start, const int32_t* from, int64_t c) {
+__attribute__((noinline)) void gather_reverse(const Block<T>& block, const ReverseGraph& reverse, int64_t c) {
   constexpr int64_t L = lanes<T>;
+  const int64_t* start = reverse.start.data() + block.cloud * (block.args.n + 1);
+  const int32_t* from = reverse.from.data() + block.cloud * block.args.n * block.args.k;
   for (int64_t j = 0; j < block.args.n; ++j) {
     Vec<T> sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = T(block.in_degree[j]) * load(block.neighbour + j * block.width + c + v * L);
+    for (int v = 0; v < V; ++v)
+      sum[v] = T(block.in_degree[j]) * load(block.neighbour + j * block.width + c + v * L);
     for (int64_t e = start[j]; e < start[j + 1]; ++e) {
       const T* row = block.own + from[e] * block.width + c;
 #pragma GCC unroll 4
@@ -222,18 +235,6 @@ void gather_reverse(const Block<T>& block, const int64_t* start, const int32_t* 
     T* target = block.args.saved.in_sum + block.position(block.cloud * block.args.n + j, c);
     for (int v = 0; v < V; ++v) store_part(target + v * L, sum[v], block.channels - c - v * L);
   }
-}
-
-// Calls f(number of vectors as a constant, first column) over the block's columns.
-template <class T, class F>
-void over_columns(int64_t columns, F&& f) {
-  constexpr int64_t L = lanes<T>;
-  constexpr int most = vector_bytes == 64 ? 4 : 2;
-  int64_t c = 0;
-  for (; c + most * L <= columns; c += most * L) f(std::integral_constant<int, most>{}, c);
-  if constexpr (most > 2)
-    for (; c + 2 * L <= columns; c += 2 * L) f(std::integral_constant<int, 2>{}, c);
-  for (; c < columns; c += L) f(std::integral_constant<int, 1>{}, c);
 }
 
 template <class T>
@@ -253,7 +254,9 @@ bool all_finite(const T* p, int64_t size) {
 template <class T>
 struct PackedWeights {
   PackedWeights(const EdgeConvForwardArgs<T>& args, const ChannelBlocks<T>& blocks, const Parallel& parallel)
-      : block_size(args.c_in * blocks.width), neighbour(blocks.count * block_size), own(blocks.count * block_size) {
+      : block_size(args.c_in * blocks.width),
+        neighbour(blocks.count * block_size),
+        own(blocks.count * block_size) {
     const int64_t c_in = args.c_in;
     parallel.ranges(blocks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
@@ -274,25 +277,20 @@ struct PackedWeights {
   Buffer<T> neighbour, own;
 };
 
+// Per-cloud sums over edges become batch statistics: within-cloud and between-cloud scatter are added, so
+// that clouds far from each other or from the origin cancel nothing. Replaces `offset` = mean of the centre's
+// own h by that - mean.
 template <class T>
-struct Scratch {
-  Buffer<T> x, neighbour, own, scale, shift;
-  Buffer<int64_t> valid_neighbours;
-  Buffer<int32_t> valid_slots;
-  int64_t cloud = -1;  // whose nodes x holds
-};
-
-// Per-cloud sums over edges become batch statistics: within-cloud and between-cloud scatter are added, so that clouds far
-// from each other or from the origin cancel nothing. Replaces `offset` = mean of the centre's own h by that - mean.
-template <class T>
-void finish_statistics(const EdgeConvForwardArgs<T>& args, const int64_t* edges, const double* sums, const double* squares) {
+void finish_statistics(const EdgeConvForwardArgs<T>& args, const int64_t* edges, const double* sums,
+                       const double* squares) {
   const int64_t batch = args.batch, c_out = args.c_out;
   int64_t count = 0;
   for (int64_t b = 0; b < batch; ++b) count += edges[b];
   Buffer<double> mean(c_out), var(c_out);
   for (int64_t c = 0; c < c_out; ++c) mean[c] = var[c] = 0;
   for (int64_t b = 0; b < batch; ++b)
-    for (int64_t c = 0; c < c_out; ++c) mean[c] += sums[b * c_out + c] + edges[b] * args.saved.offset[b * c_out + c];
+    for (int64_t c = 0; c < c_out; ++c)
+      mean[c] += sums[b * c_out + c] + edges[b] * args.saved.offset[b * c_out + c];
   for (int64_t c = 0; c < c_out; ++c) mean[c] /= std::max<int64_t>(count, 1);
   for (int64_t b = 0; b < batch; ++b) {
     const double cloud_edges = std::max<int64_t>(edges[b], 1);
@@ -300,7 +298,8 @@ void finish_statistics(const EdgeConvForwardArgs<T>& args, const int64_t* edges,
       double& offset = args.saved.offset[b * c_out + c];
       offset -= mean[c];
       if (edges[b] == 0) continue;
-      const double own = sums[b * c_out + c] / cloud_edges, scatter = squares[b * c_out + c] - own * sums[b * c_out + c];
+      const double own = sums[b * c_out + c] / cloud_edges,
+                   scatter = squares[b * c_out + c] - own * sums[b * c_out + c];
       const double between = own + offset;
       var[c] += (scatter < 0 ? 0 : scatter) + cloud_edges * between * between;
     }
@@ -319,12 +318,14 @@ void finish_statistics(const EdgeConvForwardArgs<T>& args, const int64_t* edges,
 // out = leaky(scale * pending + shift), and 0 for nodes without an edge.
 template <class T>
 void activate(const EdgeConvForwardArgs<T>& args, const T* pending, const Parallel& parallel) {
+  constexpr int64_t L = lanes<T>;
   const int64_t n = args.n, c_out = args.c_out;
   Buffer<T> scale(c_out), shift(args.batch * c_out);
   for (int64_t c = 0; c < c_out; ++c) scale[c] = T(scale_of(args.gamma, args.saved.rstd, c));
   for (int64_t b = 0; b < args.batch; ++b)
     for (int64_t c = 0; c < c_out; ++c)
-      shift[b * c_out + c] = T(shift_of(args.gamma, args.beta, args.saved.rstd, args.saved.offset + b * c_out, c));
+      shift[b * c_out + c] =
+          T(shift_of(args.gamma, args.beta, args.saved.rstd, args.saved.offset + b * c_out, c));
   const T slope = T(args.negative_slope);
   parallel.ranges(args.batch * n, std::max<int64_t>(1, 16384 / c_out), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -332,138 +333,186 @@ void activate(const EdgeConvForwardArgs<T>& args, const T* pending, const Parall
       const T* move = shift.data() + i / n * c_out;
       T* to = args.out + i * c_out;
       const bool exists = args.saved.out_degree[i] > 0;
-      for (int64_t c = 0; c < c_out; ++c) {
-        const T z = from[c] * scale[c] + move[c];
-        to[c] = exists ? (z > T(0) ? z : z * slope) : T(0);
+      for (int64_t c = 0; c < c_out; c += L) {
+        const int64_t rest = c_out - c;
+        const Vec<T> z =
+            load_part(from + c, rest) * load_part(scale.data() + c, rest) + load_part(move + c, rest);
+        store_part(to + c, exists ? leaky(z, slope) : Vec<T>{}, rest);
       }
     }
   });
+}
+
+// What all blocks share.
+template <class T>
+struct Pass {
+  Pass(const EdgeConvForwardArgs<T>& args, const Parallel& parallel)
+      : args(args),
+        blocks(args.batch, args.n, args.c_out),
+        weights(args, blocks, parallel),
+        pending(args.saved.winner != nullptr ? args.saved.winner
+                : args.training              ? args.out
+                                             : nullptr),
+        edges(args.batch),
+        sums(args.batch * args.c_out),
+        squares(args.batch * args.c_out),
+        dead(blocks.count * blocks.width),
+        slots(args.k) {
+    for (int64_t c = 0; c < blocks.count * blocks.width; ++c)
+      dead[c] = c < args.c_out && args.gamma != nullptr && args.gamma[c] == T(0) ? T(1) : T(0);
+    for (int64_t s = 0; s < args.k; ++s) slots[s] = static_cast<int32_t>(s);
+    if (args.saved.in_sum == nullptr) return;
+    reverse.start.resize(args.batch * (args.n + 1));
+    reverse.from.resize(args.batch * args.n * args.k);
+  }
+
+  const EdgeConvForwardArgs<T>& args;
+  ChannelBlocks<T> blocks;
+  PackedWeights<T> weights;
+  T* pending;
+  Buffer<int64_t> edges;         // of each cloud
+  Buffer<double> sums, squares;  // (batch, c_out), of centred h over each cloud's edges
+  Buffer<T> dead;
+  Buffer<int32_t> slots;
+  ReverseGraph reverse;
+};
+
+template <class T>
+void prepare_cloud(Pass<T>& pass, int64_t b) {
+  const EdgeConvForwardArgs<T>& args = pass.args;
+  const int64_t n = args.n, k = args.k, c_in = args.c_in;
+  const int64_t* idx = args.idx + b * n * k;
+  int32_t* out_degree = args.saved.out_degree + b * n;
+  int32_t* in_degree = args.saved.in_degree + b * n;
+  pass.edges[b] = count_degrees(n, k, idx, out_degree, in_degree);
+  choose_centre(n, c_in, args.x + b * n * c_in, out_degree, args.saved.centre + b * c_in);
+  if (args.saved.in_sum == nullptr) return;
+  reverse_cloud(n, k, idx, in_degree, pass.reverse.start.data() + b * (n + 1),
+                pass.reverse.from.data() + b * n * k);
+}
+
+// h of an edge from the centre to itself, which centring took away, less the mean where that is known.
+template <class T>
+void compute_offset(const EdgeConvForwardArgs<T>& args, int64_t b, int64_t first, int64_t channels) {
+  const T* centre = args.saved.centre + b * args.c_in;
+  for (int64_t c = first; c < first + channels; ++c) {
+    const T* row = args.weight + c * 2 * args.c_in + args.c_in;
+    double h = 0;
+    for (int64_t p = 0; p < args.c_in; ++p) h += double(row[p]) * centre[p];
+    if (!args.training && args.gamma != nullptr) h -= args.running_mean[c];
+    args.saved.offset[b * args.c_out + c] = sign_of(args.gamma, c) * h;
+  }
+}
+
+template <class T>
+struct Scratch {
+  Buffer<T> x, neighbour, own, scale, shift;
+  Buffer<double> sums, squares;
+  Buffer<int64_t> valid_neighbours;
+  Buffer<int32_t> valid_slots;
+  int64_t cloud = -1;  // whose nodes x holds
+};
+
+template <class T>
+void run_block(Pass<T>& pass, int64_t b, int64_t which, Scratch<T>& scratch) {
+  const EdgeConvForwardArgs<T>& args = pass.args;
+  const EdgeConvSaved<T>& saved = args.saved;
+  const int64_t n = args.n, k = args.k, c_in = args.c_in, c_out = args.c_out;
+  const int64_t first = pass.blocks.first(which), channels = pass.blocks.channels(which);
+  const int64_t width = pass.blocks.padded(which);
+  const int32_t* out_degree = saved.out_degree + b * n;
+  const int32_t* in_degree = saved.in_degree + b * n;
+  if (scratch.cloud != b) {
+    centre_cloud(n, c_in, args.x + b * n * c_in, saved.centre + b * c_in, out_degree, in_degree,
+                 scratch.x.data());
+    scratch.cloud = b;
+  }
+  const T* x = scratch.x.data();
+  const T* neighbour_weight = pass.weights.neighbour.data() + which * pass.weights.block_size;
+  const T* own_weight = pass.weights.own.data() + which * pass.weights.block_size;
+  multiply_packed(n, width, &x, c_in, &neighbour_weight, c_in, 1, scratch.neighbour.data(), width, false);
+  multiply_packed(n, width, &x, c_in, &own_weight, c_in, 1, scratch.own.data(), width, false);
+
+  compute_offset(args, b, first, channels);
+  const double* offset = saved.offset + b * c_out;
+  for (int64_t c = 0; c < width; ++c) {
+    scratch.sums[c] = scratch.squares[c] = 0;
+    const bool known = !args.training && c < channels;
+    scratch.scale[c] = known ? T(scale_of(args.gamma, saved.rstd, first + c)) : T(0);
+    scratch.shift[c] = known ? T(shift_of(args.gamma, args.beta, saved.rstd, offset, first + c)) : T(0);
+  }
+
+  Block<T> block{args, b, first, channels, width};
+  block.idx = args.idx + b * n * k;
+  block.out_degree = out_degree;
+  block.in_degree = in_degree;
+  block.neighbour = scratch.neighbour.data();
+  block.own = scratch.own.data();
+  block.dead = pass.dead.data() + first;
+  if (pass.pending != nullptr) block.pending = pass.pending + b * n * c_out;
+  if (args.training) {
+    block.sums = scratch.sums.data();
+    block.squares = scratch.squares.data();
+  } else {
+    block.scale = scratch.scale.data();
+    block.shift = scratch.shift.data();
+  }
+  block.slots = pass.slots.data();
+  block.valid_neighbours = scratch.valid_neighbours.data();
+  block.valid_slots = scratch.valid_slots.data();
+
+  bool exact = !all_finite(block.neighbour, n * width);
+  for (int64_t c = 0; c < channels; ++c) exact |= block.dead[c] != T(0);
+  over_columns<T>(width, [&](auto vectors, int64_t c) {
+    if (exact)
+      gather<vectors.value, true>(block, c);
+    else
+      gather<vectors.value, false>(block, c);
+    if (saved.in_sum != nullptr) gather_reverse<vectors.value>(block, pass.reverse, c);
+  });
+  for (int64_t c = 0; c < channels && args.training; ++c) {
+    pass.sums[b * c_out + first + c] = scratch.sums[c];
+    pass.squares[b * c_out + first + c] = scratch.squares[c];
+  }
 }
 
 template <class T>
 void forward(const EdgeConvForwardArgs<T>& args, const Parallel& parallel) {
-  const int64_t batch = args.batch, n = args.n, k = args.k, c_in = args.c_in, c_out = args.c_out;
-  const EdgeConvSaved<T>& saved = args.saved;
-  const ChannelBlocks<T> blocks(batch, n, c_out);
-  const PackedWeights<T> weights(args, blocks, parallel);
-  T* pending = saved.winner != nullptr ? saved.winner : args.training ? args.out : nullptr;
-
-  Buffer<int64_t> edges(batch);
-  ReverseGraph reverse;
-  if (saved.in_sum != nullptr) {
-    reverse.start.resize(batch * (n + 1));
-    reverse.from.resize(batch * n * k);
-  }
-  parallel.ranges(batch, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t* idx = args.idx + b * n * k;
-      int32_t* in_degree = saved.in_degree + b * n;
-      edges[b] = count_degrees(n, k, idx, saved.out_degree + b * n, in_degree);
-      choose_centre(n, c_in, args.x + b * n * c_in, saved.out_degree + b * n, saved.centre + b * c_in);
-      if (saved.in_sum != nullptr)
-        reverse_cloud(n, k, idx, in_degree, reverse.start.data() + b * (n + 1), reverse.from.data() + b * n * k);
-    }
+  Pass<T> pass(args, parallel);
+  parallel.ranges(args.batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) prepare_cloud(pass, b);
   });
-
   if (!args.training)
-    for (int64_t c = 0; c < c_out; ++c)
-      saved.rstd[c] = args.gamma == nullptr ? 1.0 : 1 / std::sqrt(double(args.running_var[c]) + args.eps);
-  Buffer<double> sums(batch * c_out + blocks.width), squares(batch * c_out + blocks.width);
-  Buffer<T> dead(blocks.count * blocks.width);
-  for (int64_t c = 0; c < blocks.count * blocks.width; ++c)
-    dead[c] = c < c_out && args.gamma != nullptr && args.gamma[c] == T(0) ? T(1) : T(0);
-  Buffer<int32_t> slots(k);
-  for (int64_t s = 0; s < k; ++s) slots[s] = static_cast<int32_t>(s);
+    for (int64_t c = 0; c < args.c_out; ++c)
+      args.saved.rstd[c] =
+          args.gamma == nullptr ? 1.0 : 1 / std::sqrt(double(args.running_var[c]) + args.eps);
 
   const auto make_scratch = [&] {
     Scratch<T> scratch;
-    scratch.x.resize(n * c_in);
-    scratch.neighbour.resize(n * blocks.width);
-    scratch.own.resize(n * blocks.width);
-    scratch.scale.resize(blocks.width);
-    scratch.shift.resize(blocks.width);
-    scratch.valid_neighbours.resize(k);
-    scratch.valid_slots.resize(k);
+    scratch.x.resize(args.n * args.c_in);
+    for (Buffer<T>* nodes : {&scratch.neighbour, &scratch.own}) nodes->resize(args.n * pass.blocks.width);
+    for (Buffer<T>* channels : {&scratch.scale, &scratch.shift}) channels->resize(pass.blocks.width);
+    for (Buffer<double>* channels : {&scratch.sums, &scratch.squares}) channels->resize(pass.blocks.width);
+    scratch.valid_neighbours.resize(args.k);
+    scratch.valid_slots.resize(args.k);
     return scratch;
   };
-  parallel.items(batch * blocks.count, make_scratch, [&](int64_t item, Scratch<T>& scratch) {
-    const int64_t b = item / blocks.count, which = item % blocks.count;
-    const int64_t first = blocks.first(which), channels = blocks.channels(which), width = blocks.padded(which);
-    const int32_t* out_degree = saved.out_degree + b * n;
-    const int32_t* in_degree = saved.in_degree + b * n;
-    const T* centre = saved.centre + b * c_in;
-    if (scratch.cloud != b) {
-      centre_cloud(n, c_in, args.x + b * n * c_in, centre, out_degree, in_degree, scratch.x.data());
-      scratch.cloud = b;
-    }
-    const T* x = scratch.x.data();
-    const T* packed_neighbour = weights.neighbour.data() + which * weights.block_size;
-    const T* packed_own = weights.own.data() + which * weights.block_size;
-    multiply_packed(n, width, &x, c_in, &packed_neighbour, c_in, 1, scratch.neighbour.data(), width, false);
-    multiply_packed(n, width, &x, c_in, &packed_own, c_in, 1, scratch.own.data(), width, false);
-
-    // h of an edge from the centre to itself, which centring took away.
-    double* offset = saved.offset + b * c_out + first;
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* row = args.weight + (first + c) * 2 * c_in + c_in;
-      double h = 0;
-      for (int64_t p = 0; p < c_in; ++p) h += double(row[p]) * centre[p];
-      if (!args.training && args.gamma != nullptr) h -= args.running_mean[first + c];
-      offset[c] = sign_of(args.gamma, first + c) * h;
-    }
-    if (!args.training)
-      for (int64_t c = 0; c < width; ++c) {
-        scratch.scale[c] = c < channels ? T(scale_of(args.gamma, saved.rstd, first + c)) : T(0);
-        scratch.shift[c] =
-            c < channels ? T(shift_of(args.gamma, args.beta, saved.rstd, saved.offset + b * c_out, first + c)) : T(0);
-      }
-
-    // Sums go to a block of their own first: the last vector may reach past the last channel.
-    double block_sums[2][64];
-    for (int64_t c = 0; c < width; ++c) block_sums[0][c] = block_sums[1][c] = 0;
-    const Block<T> block{args,
-                         b,
-                         first,
-                         channels,
-                         width,
-                         args.idx + b * n * k,
-                         out_degree,
-                         in_degree,
-                         scratch.neighbour.data(),
-                         scratch.own.data(),
-                         dead.data() + first,
-                         args.training ? nullptr : scratch.scale.data(),
-                         args.training ? nullptr : scratch.shift.data(),
-                         pending == nullptr ? nullptr : pending + b * n * c_out,
-                         args.training ? block_sums[0] : nullptr,
-                         args.training ? block_sums[1] : nullptr,
-                         slots.data(),
-                         scratch.valid_neighbours.data(),
-                         scratch.valid_slots.data()};
-    bool exact = !all_finite(block.neighbour, n * width);
-    for (int64_t c = 0; c < channels; ++c) exact |= dead[first + c] != T(0);
-    over_columns<T>(width, [&](auto vectors, int64_t c) {
-      if (exact)
-        gather<vectors.value, true>(block, c);
-      else
-        gather<vectors.value, false>(block, c);
-      if (saved.in_sum != nullptr)
-        gather_reverse<vectors.value>(block, reverse.start.data() + b * (n + 1), reverse.from.data() + b * n * k, c);
-    });
-    for (int64_t c = 0; c < channels && args.training; ++c) {
-      sums[b * c_out + first + c] = block_sums[0][c];
-      squares[b * c_out + first + c] = block_sums[1][c];
-    }
+  parallel.items(args.batch * pass.blocks.count, make_scratch, [&](int64_t item, Scratch<T>& scratch) {
+    run_block(pass, item / pass.blocks.count, item % pass.blocks.count, scratch);
   });
 
   if (!args.training) return;
-  finish_statistics(args, edges.data(), sums.data(), squares.data());
-  activate(args, pending, parallel);
+  finish_statistics(args, pass.edges.data(), pass.sums.data(), pass.squares.data());
+  activate(args, pass.pending, parallel);
 }
 
 }  // namespace
 
-void edge_conv_forward(const EdgeConvForwardArgs<float>& args, const Parallel& parallel) { forward(args, parallel); }
-void edge_conv_forward(const EdgeConvForwardArgs<double>& args, const Parallel& parallel) { forward(args, parallel); }
+void edge_conv_forward(const EdgeConvForwardArgs<float>& args, const Parallel& parallel) {
+  forward(args, parallel);
+}
+void edge_conv_forward(const EdgeConvForwardArgs<double>& args, const Parallel& parallel) {
+  forward(args, parallel);
+}
 
 }  // namespace crosspoint::CROSSPOINT_ISA

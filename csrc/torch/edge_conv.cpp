@@ -19,19 +19,21 @@ void check_graph(const int64_t* idx, int64_t batch, int64_t n, int64_t k, const 
     for (int64_t c = begin; c < end; ++c) {
       uint64_t wrong = 0;  // its sign: of idx + 1 or of n - 1 - idx
       for (int64_t i = c * chunk; i < std::min(size, (c + 1) * chunk); ++i)
-        wrong |= (static_cast<uint64_t>(idx[i]) + 1) | (static_cast<uint64_t>(n - 1) - static_cast<uint64_t>(idx[i]));
+        wrong |= (static_cast<uint64_t>(idx[i]) + 1) |
+                 (static_cast<uint64_t>(n - 1) - static_cast<uint64_t>(idx[i]));
       if (static_cast<int64_t>(wrong) >= 0) continue;
       int64_t seen = first.load();
-      while (c < seen && !first.compare_exchange_weak(seen, c)) {}
+      while (c < seen && !first.compare_exchange_weak(seen, c)) {
+      }
       return;
     }
   });
   if (first == chunks) return;
   int64_t i = first * chunk;
   while (idx[i] >= -1 && idx[i] < n) ++i;
-  throw std::out_of_range("edge_conv: idx[" + std::to_string(i / (n * k)) + ", " + std::to_string(i / k % n) + ", " +
-                          std::to_string(i % k) + "] is " + std::to_string(idx[i]) + ", but it must be -1 (no edge) or in [0, " +
-                          std::to_string(n) + "), a row of x");
+  throw std::out_of_range("edge_conv: idx[" + std::to_string(i / (n * k)) + ", " + std::to_string(i / k % n) +
+                          ", " + std::to_string(i % k) + "] is " + std::to_string(idx[i]) +
+                          ", but it must be -1 (no edge) or in [0, " + std::to_string(n) + "), a row of x");
 }
 
 template <class T>
@@ -73,9 +75,10 @@ struct SavedTensors {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv(
     const Tensor& x, const Tensor& idx, const Tensor& weight, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& beta, std::optional<Tensor> running_mean, std::optional<Tensor> running_var, bool training,
-    double momentum, double eps, double negative_slope, bool backward) {
-  const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2), c_out = weight.size(0);
+    const std::optional<Tensor>& beta, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+    bool training, double momentum, double eps, double negative_slope, bool backward) {
+  const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2),
+                c_out = weight.size(0);
   const ScalarType dtype = compute_dtype(x);
   training = training && gamma.has_value();
   const std::vector<int64_t> nodes{batch, n, c_out}, none{0};
@@ -89,11 +92,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                      new_tensor(x, {batch, c_out}, ScalarType::Double),
                      new_tensor(x, {c_out}, ScalarType::Double)};
   if (batch * n * k == 0) {
-    for (Tensor* output : {&out, &saved.winner, &saved.slot, &saved.out_sum, &saved.in_sum, &saved.degrees, &saved.centre,
-                           &saved.offset, &saved.rstd})
+    for (Tensor* output : {&out, &saved.winner, &saved.slot, &saved.out_sum, &saved.in_sum, &saved.degrees,
+                           &saved.centre, &saved.offset, &saved.rstd})
       torch::stable::zero_(*output);
   } else {
-    const Tensor x_dense = dense(x, dtype), idx_dense = torch::stable::contiguous(idx), weight_dense = dense(weight, dtype);
+    const Tensor x_dense = dense(x, dtype), idx_dense = torch::stable::contiguous(idx),
+                 weight_dense = dense(weight, dtype);
     const auto gamma_dense = optional_dense(gamma, dtype), beta_dense = optional_dense(beta, dtype);
     auto mean_dense = optional_dense(running_mean, dtype), var_dense = optional_dense(running_var, dtype);
     const Parallel parallel = torch_pool();
@@ -123,16 +127,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       torch::stable::copy_(*running_var, *var_dense);
   }
   if (x.scalar_type() != dtype) out = torch::stable::to(out, x.scalar_type());
-  return {out,          saved.winner, saved.slot,   saved.out_sum, saved.in_sum,
+  return {out,           saved.winner, saved.slot,   saved.out_sum, saved.in_sum,
           saved.degrees, saved.centre, saved.offset, saved.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& idx, const Tensor& weight, const std::optional<Tensor>& gamma,
-    const std::optional<Tensor>& beta, const Tensor& winner, const Tensor& slot, const Tensor& out_sum, const Tensor& in_sum,
-    const Tensor& degrees, const Tensor& centre, const Tensor& offset, const Tensor& rstd, bool training,
-    double negative_slope, bool need_x, bool need_weight) {
-  const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2), c_out = weight.size(0);
+    const Tensor& grad, const Tensor& x, const Tensor& idx, const Tensor& weight,
+    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, const Tensor& winner,
+    const Tensor& slot, const Tensor& out_sum, const Tensor& in_sum, const Tensor& degrees,
+    const Tensor& centre, const Tensor& offset, const Tensor& rstd, bool training, double negative_slope,
+    bool need_x, bool need_weight) {
+  const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2),
+                c_out = weight.size(0);
   const ScalarType dtype = compute_dtype(x);
   training = training && gamma.has_value();
   const std::vector<int64_t> none{0}, channels{gamma.has_value() ? c_out : 0};

@@ -14,10 +14,7 @@ from crosspoint import ops
 from crosspoint.ops import reference
 from op_tester import Call, OpTester, assert_close, threads
 
-NATIVE = any(
-    row.op == "edge_conv" and row.backend == "native" and row.usable for row in ops.describe_backends()
-)
-IMPLS = ["reference", *(["native"] if NATIVE else [])]
+IMPLS = ["reference", "native"]
 
 
 def make(
@@ -184,31 +181,34 @@ class TestEdgeConv(OpTester):
         def argument(position, value):
             return lambda: change(make(), position, value)
 
-        in_range = r"must be -1 \(no edge\) or in \[0, 19\)"
+        def wrong_index(place, value):
+            return rf"idx\[{place}\] is {value}, but it must be -1 \(no edge\) or in \[0, 19\)"
+
+        least, most = -(2**63), 2**63 - 1
         return {
-            "index_too_large": (index(19, (1, 3, 2), (1, 4, 0)), IndexError, rf"idx\[1, 3, 2\] is 19, .*{in_range}"),
-            "index_too_small": (index(-2, (0, 18, 3)), IndexError, rf"idx\[0, 18, 3\] is -2, .*{in_range}"),
-            "index_extreme": (index(2**63 - 1, (0, 0, 0)), IndexError, r"idx\[0, 0, 0\] is 9223372036854775807"),
-            "index_most_negative": (index(-(2**63), (1, 18, 3)), IndexError, r"idx\[1, 18, 3\] is -9223372036854775808"),
-            "x_dim": (argument(0, lambda x: x[0]), ValueError, r"x must be \(B, N, C_in\), got shape \(19, 5\)"),
+            "index_too_large": (index(19, (1, 3, 2), (1, 4, 0)), IndexError, wrong_index("1, 3, 2", 19)),
+            "index_too_small": (index(-2, (0, 18, 3)), IndexError, wrong_index("0, 18, 3", -2)),
+            "index_largest": (index(most, (0, 0, 0)), IndexError, wrong_index("0, 0, 0", most)),
+            "index_least": (index(least, (1, 18, 3)), IndexError, wrong_index("1, 18, 3", least)),
+            "x_dim": (argument(0, lambda x: x[0]), ValueError, r"x must be \(B, N, C_in\), got .*\(19, 5\)"),
             "x_dtype": (argument(0, lambda x: x.long()), TypeError, "x must be float64.*got torch.int64"),
             "idx_dtype": (argument(1, lambda i: i.int()), TypeError, "idx must be int64, got torch.int32"),
             "idx_shape": (argument(1, lambda i: i[:, :7]), ValueError, r"idx must be \(B, N, k\)"),
             "weight_shape": (argument(2, lambda w: w[:, :5]), ValueError, r"weight must be .*\(C_out, 10\)"),
-            "weight_dtype": (argument(2, lambda w: w.float()), TypeError, "weight is torch.float32 and x is torch.float64"),
-            "gamma_shape": (argument(3, lambda g: g[:3]), ValueError, r"gamma must be \(C_out,\) = \(7,\), got shape \(3,\)"),
-            "only_gamma": (argument(4, None), ValueError, "gamma and beta go together: got gamma but beta is None"),
-            "only_beta": (argument(3, None), ValueError, "got beta but gamma is None"),
-            "only_running_mean": (option(running_var=None), ValueError, "running_mean and running_var go together"),
-            "negative_slope": (option(negative_slope=-0.1), ValueError, "negative_slope must be >= 0, got -0.1"),
+            "weight_dtype": (argument(2, lambda w: w.float()), TypeError, "weight is torch.float32 and x is"),
+            "gamma_shape": (argument(3, lambda g: g[:3]), ValueError, r"gamma must be .*\(7,\), got"),
+            "only_gamma": (argument(4, None), ValueError, "go together: got gamma but beta is None"),
+            "only_beta": (argument(3, None), ValueError, "go together: got beta but gamma is None"),
+            "only_running_mean": (option(running_var=None), ValueError, "got running_mean but running_var"),
+            "negative_slope": (option(negative_slope=-0.1), ValueError, "must be >= 0, got -0.1"),
             "nan_slope": (option(negative_slope=float("nan")), ValueError, "negative_slope must be >= 0"),
-            "single_value": (lambda: make(1, 1, 1), ValueError, "more than 1 value per channel when training"),
+            "single_value": (lambda: make(1, 1, 1), ValueError, "more than 1 value per channel"),
             "evaluation_without_statistics": (
                 lambda: make(mode="evaluation", running=False),
                 RuntimeError,
                 "must be given in evaluation mode",
             ),
-        }  # fmt: skip
+        }
 
 
 def leaves(call: Call) -> list[Tensor]:
@@ -300,7 +300,7 @@ def test_evaluation_leaves_running_statistics_alone(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_missing_slots_count_for_nothing(impl):
-    """Edges at the front of the list, then -1: the same as the shorter list, bitwise for the native kernel."""
+    """Edges first, then -1: the same as the shorter list, bitwise for the native kernel."""
     call = make(2, 12, 6, missing=0.0)
     padded = change(call, 1, lambda idx: torch.cat([idx, torch.full_like(idx, -1)], 2))
     plain, wide = (ops.edge_conv(*c.clone().args, **c.clone().kwargs, impl=impl) for c in (call, padded))
@@ -369,7 +369,7 @@ def test_gamma_zero_ties_all_edges(impl, mode):
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
     gradients = torch.autograd.grad((out * weights).sum(), tensors)
 
-    x, idx, weight, gamma, beta = (t.detach() for t in call.args)
+    x, idx, weight, _, beta = (t.detach() for t in call.args)
     exists = idx >= 0
     own = x[:, :, None].expand(*idx.shape, x.shape[2])
     h = torch.cat([x[torch.arange(2)[:, None, None], idx.clamp_min(0)] - own, own], -1) @ weight.t()
@@ -392,7 +392,6 @@ def float64_statistics(x: Tensor, idx: Tensor, weight: Tensor) -> tuple[Tensor, 
     return mean, var
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled kernels are not in this installation")
 @pytest.mark.parametrize("offset", [0.0, 5.0, 1000.0])
 @pytest.mark.parametrize("per_cloud", [False, True])
 def test_float32_variance_far_from_the_origin(offset, per_cloud):
@@ -411,7 +410,6 @@ def test_float32_variance_far_from_the_origin(offset, per_cloud):
     assert_close(out, reference.edge_conv(*args, training=True), 3e-6, "output")
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled kernels are not in this installation")
 @pytest.mark.parametrize("mode", ["training", "evaluation", "no_norm"])
 def test_float32_gradients_far_from_the_origin(mode):
     call = make(4, 200, 10, 3, 32, mode=mode, seed=12)
@@ -520,7 +518,6 @@ def test_func_grad_updates_running_statistics():
         torch.testing.assert_close(call.kwargs[name], other.kwargs[name], rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled kernels are not in this installation")
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 4),
@@ -552,7 +549,6 @@ def test_any_shape_equals_the_reference(batch, n, k, c_in, c_out, mode, missing,
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled kernels are not in this installation")
 def test_same_bits_on_any_number_of_threads_for_large_shapes():
     call = make(3, 600, 20, 64, 200, seed=14).to(torch.float32)
     results = []
@@ -593,15 +589,14 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not NATIVE, reason="the compiled kernels are not in this installation")
 def test_peak_memory_is_what_the_docstring_says():
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, timeout=120, env=None
-    )
+    done = subprocess.run([sys.executable, "-c", MEMORY_PROGRAM], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     B, N, k, c_in, c_out, workers = 8, 2048, 20, 64, 128, torch.get_num_threads()
     kept = 3.25 * B * N * c_out
-    working = workers * N * (c_in + 128) + 1.5 * B * N * k + 8 * 2 * c_in * c_out + B * N * c_in
+    forward = B * N * k + 2 * B * N
+    backward = 2 * B * c_in * c_out + B * N * c_in  # 8 clouds: the channels are shared out in two parts
+    working = workers * N * (c_in + 128) + max(forward, backward)
     results = B * N * c_out + 2 * B * N * c_in  # the slice of x has a gradient of its own
     formula = 4 * (kept + working + results)
     measured = 1024 * int(done.stdout)

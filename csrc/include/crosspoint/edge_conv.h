@@ -1,4 +1,5 @@
-// EdgeConv: linear map of the edges, batch norm over all of them, LeakyReLU and maximum over each node's edges.
+// EdgeConv: linear map of the edges, batch norm over all of them, LeakyReLU and maximum over each node's
+// edges.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,13 @@
 
 namespace crosspoint {
 
-// With weight = [A | B], the edge from node i to its neighbour j carries h = A x_j + (B - A) x_i. Both passes work on
-// the channels' signed values: channels of negative gamma are negated throughout, so that every maximum is a maximum.
-// Inside, clouds are centred: x - centre; what that takes from h is a constant of (cloud, channel), kept in `offset`.
+// With weight = [A | B], the edge from node i to its neighbour j carries h = A x_j + (B - A) x_i. Both passes
+// work on the channels' signed values: channels of negative gamma are negated throughout, so that every
+// maximum is a maximum. Inside, clouds are centred: x - centre; what that takes from h is a constant of
+// (cloud, channel), kept in `offset`.
 
-// What the forward pass leaves for the backward pass beside its inputs. The node arrays are (batch, n, c_out).
+// What the forward pass leaves for the backward pass beside its inputs. The node arrays are (batch, n,
+// c_out).
 template <class T>
 struct EdgeConvSaved {
   int32_t* out_degree;  // (batch, n): valid edges of node i
@@ -34,11 +37,11 @@ struct EdgeConvForwardArgs {
   const T* weight;     // (c_out, 2 c_in)
   const T* gamma;      // (c_out); null, as beta, without norm
   const T* beta;
-  T* running_mean;     // (c_out) or null; updated when training
+  T* running_mean;  // (c_out) or null; updated when training
   T* running_var;
-  bool training;       // statistics of this batch; only with norm
+  bool training;  // statistics of this batch; only with norm
   double momentum, eps, negative_slope;
-  T* out;              // (batch, n, c_out)
+  T* out;  // (batch, n, c_out)
   EdgeConvSaved<T> saved;
 };
 
