@@ -100,7 +100,7 @@ class DGCNN(nn.Module):
         rows = x.reshape(b * n, c)
         if lengths is None:
             h = self._conv5(rows).view(b, n, -1)
-            return torch.cat([h.max(dim=1).values, h.mean(dim=1)], dim=1)
+            return torch.cat([_largest(h, dim=1), h.mean(dim=1)], dim=1)
 
         sizes = lengths.tolist()
         bad = next((i for i, size in enumerate(sizes) if not 0 <= size <= n), None)
@@ -110,7 +110,7 @@ class DGCNN(nn.Module):
         h = self._conv5(rows[valid.view(-1)])
         clouds = h.split(sizes)
         empty = h.new_zeros(h.shape[1])
-        largest = torch.stack([cloud.max(dim=0).values if len(cloud) else empty for cloud in clouds])
+        largest = torch.stack([_largest(cloud, dim=0) if len(cloud) else empty for cloud in clouds])
         mean = torch.stack([cloud.mean(dim=0) if len(cloud) else empty for cloud in clouds])
         return torch.cat([largest, mean], dim=1)
 
@@ -120,6 +120,11 @@ class DGCNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, impl={self.impl!r}"
+
+
+def _largest(h: Tensor, dim: int) -> Tensor:
+    # max gives the gradient to one winner, as DGCNN's pooling does; amax would split it, but is far faster
+    return h.max(dim=dim).values if torch.is_grad_enabled() else h.amax(dim=dim)
 
 
 def _check_lengths(lengths: Tensor, points: Tensor) -> None:
