@@ -52,7 +52,7 @@ class PanelSearch {
           row[here] = self == Self::first ? T(-1) : missing<T>;
         nearest_.clear();
         if (begin > 0) nearest_.resume(held_value_.data() + q * k_, held_index_.data() + q * k_, held[q]);
-        nearest_.offer(row, padded, begin);
+        nearest_.offer(row, padded, [&](int32_t p) { return static_cast<int32_t>(begin) + p; });
         if (begin + chunk_ < n)
           held[q] = nearest_.suspend(held_value_.data() + q * k_, held_index_.data() + q * k_);
         else

@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of its own header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -52,105 +52,83 @@ inline Vec<T> least(Vec<T> value, Vec<T> other) {
 #endif
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// For every mask of 8 bits, the positions of its set bits, as bytes.
-struct BitPositions {
-  uint64_t bytes[256];
-};
-
-constexpr BitPositions bit_positions() {
-  BitPositions table{};
-  for (int mask = 0; mask < 256; ++mask) {
-    int count = 0;
-    for (int bit = 0; bit < 8; ++bit)
-      if (mask >> bit & 1) table.bytes[mask] |= static_cast<uint64_t>(bit) << 8 * count++;
-  }
-  return table;
+// Bit i: whether row[i] <= bound, for the lanes of one vector.
+template <class T>
+inline uint64_t lanes_up_to(const T* row, T bound) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(_mm512_loadu_ps(row), _mm512_set1_ps(bound), _CMP_LE_OQ);
+  else
+    return _mm512_cmp_pd_mask(_mm512_loadu_pd(row), _mm512_set1_pd(bound), _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row), _mm256_set1_ps(bound), _CMP_LE_OQ));
+  else
+    return _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(row), _mm256_set1_pd(bound), _CMP_LE_OQ));
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4)
+    return _mm_movemask_ps(_mm_cmple_ps(_mm_loadu_ps(row), _mm_set1_ps(bound)));
+  else
+    return _mm_movemask_pd(_mm_cmple_pd(_mm_loadu_pd(row), _mm_set1_pd(bound)));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < lanes<T>; ++i) bits |= static_cast<uint64_t>(row[i] <= bound) << i;
+  return bits;
+#endif
 }
 
-static constexpr BitPositions kBitPositions = bit_positions();
-#endif
+inline constexpr int64_t kPositionSlack = 4;  // what positions_up_to may write beyond its result
 
-// Writes the positions p in [0, n) with row[p] <= bound, ascending; n is a multiple of lanes<T> and `out` has
-// room for that many more than the result, which is their number.
+// Writes the positions p in [0, n) with row[p] <= bound, ascending, and returns how many they are; n is a
+// multiple of lanes<T>.
 template <class T>
 inline int64_t positions_up_to(const T* row, int64_t n, T bound, int32_t* out) {
+  constexpr int64_t L = lanes<T>;
   int64_t count = 0;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512 limit = _mm512_set1_ps(bound);
-    __m512i position = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i step = _mm512_set1_epi32(16);
-    for (int64_t p = 0; p < n; p += 16) {
-      const __mmask16 kept = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + p), limit, _CMP_LE_OQ);
-      _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(kept, position));
-      count += __builtin_popcount(kept);
-      position = _mm512_add_epi32(position, step);
+  for (int64_t p = 0; p < n; p += 64) {
+    uint64_t bits = 0;
+    if (p + 64 <= n) {
+#pragma GCC unroll 32
+      for (int64_t i = 0; i < 64; i += L) bits |= lanes_up_to(row + p + i, bound) << i;
+    } else {
+      for (int64_t i = 0; p + i < n; i += L) bits |= lanes_up_to(row + p + i, bound) << i;
     }
-  } else {
-    const __m512d limit = _mm512_set1_pd(bound);
-    __m256i position = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i step = _mm256_set1_epi32(8);
-    for (int64_t p = 0; p < n; p += 8) {
-      const __mmask8 kept = _mm512_cmp_pd_mask(_mm512_loadu_pd(row + p), limit, _CMP_LE_OQ);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + count),
-                          _mm256_maskz_compress_epi32(kept, position));
-      count += __builtin_popcount(kept);
-      position = _mm256_add_epi32(position, step);
+    // Four are written whether they are there or not: a branch on how many there are would be guessed wrong.
+    const int found = __builtin_popcountll(bits);
+    int32_t* next = out + count;
+    count += found;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPositionSlack; ++i) {
+      next[i] = static_cast<int32_t>(p) + __builtin_ctzll(bits | uint64_t(1) << 63);
+      bits &= bits - 1;
+    }
+    for (int i = kPositionSlack; i < found; ++i) {
+      next[i] = static_cast<int32_t>(p) + __builtin_ctzll(bits);
+      bits &= bits - 1;
     }
   }
-#elif defined(__AVX2__)
-  for (int64_t p = 0; p < n; p += lanes<T>) {
-    int kept;
-    if constexpr (sizeof(T) == 4)
-      kept = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(row + p), _mm256_set1_ps(bound), _CMP_LE_OQ));
-    else
-      kept = _mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(row + p), _mm256_set1_pd(bound), _CMP_LE_OQ));
-    const __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(kBitPositions.bytes[kept]));
-    const int32_t base = static_cast<int32_t>(p);
-    if constexpr (sizeof(T) == 4)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + count),
-                          _mm256_add_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(base)));
-    else
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + count),
-                       _mm_add_epi32(_mm_cvtepu8_epi32(bytes), _mm_set1_epi32(base)));
-    count += __builtin_popcount(static_cast<unsigned>(kept));
-  }
-#else
-  for (int64_t p = 0; p < n; ++p) {
-    out[count] = static_cast<int32_t>(p);
-    count += row[p] <= bound;
-  }
-#endif
   return count;
 }
 
-// The k-th smallest of `groups` values (a multiple of lanes<T>).
-template <class T>
-inline T kth_smallest_of_groups(const T* minima, int64_t groups, int64_t k) {
-  T found = infinity<T>;
-  for (int64_t v = 0; v < groups; v += lanes<T>) {
-    const Vec<T> x = load(minima + v);
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-      const __m512 values = reinterpret_cast<__m512>(x);
-      __m512i at_most = _mm512_setzero_si512();
-      const __m512i one = _mm512_set1_epi32(1);
-      for (int64_t j = 0; j < groups; ++j)
-        at_most = _mm512_mask_add_epi32(
-            at_most, _mm512_cmp_ps_mask(_mm512_set1_ps(minima[j]), values, _CMP_LE_OQ), at_most, one);
-      const __mmask16 enough =
-          _mm512_cmp_epi32_mask(at_most, _mm512_set1_epi32(static_cast<int>(k)), _MM_CMPINT_NLT);
-      found = std::min(found, _mm512_mask_reduce_min_ps(enough, values));
-      continue;
-    }
-#endif
-    decltype(x < x) at_most = {};
-    for (int64_t j = 0; j < groups; ++j) at_most -= splat(minima[j]) <= x;
-    for (int lane = 0; lane < lanes<T>; ++lane)
-      if (at_most[lane] >= k && x[lane] < found) found = x[lane];
+// The k-th smallest of V vectors of values.
+template <class T, int V>
+inline T kth_smallest_of_groups(const Vec<T> (&minima)[V], int64_t k) {
+  constexpr int L = lanes<T>;
+  alignas(64) T groups[V * L];
+  for (int v = 0; v < V; ++v) store(groups + v * L, minima[v]);
+  Vec<T> found = splat(infinity<T>);
+  constexpr int step = V < 4 ? V : 4;  // vectors that share a broadcast
+  for (int v = 0; v < V; v += step) {
+    using Mask = decltype(found < found);
+    Mask at_most[step] = {};
+    for (int j = 0; j < V * L; ++j)
+      for (int i = 0; i < step; ++i) at_most[i] -= splat(groups[j]) <= minima[v + i];
+    const Mask enough = Mask{} + static_cast<decltype(Mask{}[0] + 0)>(k);
+    for (int i = 0; i < step; ++i) found = at_most[i] >= enough ? least<T>(minima[v + i], found) : found;
   }
-  return found;
+  T smallest = found[0];
+  for (int lane = 1; lane < L; ++lane) smallest = found[lane] < smallest ? found[lane] : smallest;
+  return smallest;
 }
 
 // At least k of row[0, n) are <= the result, which is +inf where that cannot be told. n is a multiple of
@@ -164,10 +142,10 @@ inline T bound_from_minima(const T* row, int64_t n, int64_t k) {
   for (; p + V * L <= n; p += V * L)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) minima[v] = least<T>(load(row + p + v * L), minima[v]);
-  for (int v = 0; p < n; p += L, ++v) minima[v] = least<T>(load(row + p), minima[v]);
-  alignas(64) T groups[V * L];
-  for (int v = 0; v < V; ++v) store(groups + v * L, minima[v]);
-  return kth_smallest_of_groups(groups, V * L, k);
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v)
+    if (p + v * L < n) minima[v] = least<T>(load(row + p + v * L), minima[v]);
+  return kth_smallest_of_groups<T, V>(minima, k);
 }
 
 // The same by halving the range of floating-point numbers until at most k + k / 4 values are left, or one
@@ -263,8 +241,9 @@ inline void rank_by_counting(const T* value, int64_t n, int32_t* rank) {
   }
 }
 
-// The k nearest of one query, fed piece by piece.
-template <class T>
+// The k nearest of one query, fed piece by piece. Pieces that come in ascending order of index make ties
+// cheap.
+template <class T, bool ascending = true>
 class Nearest {
  public:
   // No piece is longer than `longest` values.
@@ -300,19 +279,30 @@ class Nearest {
   // A value that none of the k nearest exceeds.
   T limit() const { return held_ == k_ ? value_[k_ - 1] : infinity<T>; }
 
-  // Offers the values of the points base + p. Pieces come in ascending order of index; n is a multiple of
-  // lanes<T>.
-  void offer(const T* row, int64_t n, int64_t base) {
-    const int64_t found = gather_candidates(row, n);
-    for (int64_t i = 0; i < found; ++i) index_[count_ + i] = static_cast<int32_t>(base + position_[i]);
-    grow(found);
-  }
+  // The last of the k nearest so far, by (value, index); index -1 where fewer are held.
+  T last_value() const { return value_[k_ - 1]; }
+  int32_t last_index() const { return held_ == k_ ? index_[k_ - 1] : -1; }
 
-  // Offers the values of the points index[p], ascending.
-  void offer(const T* row, int64_t n, const int32_t* index) {
-    const int64_t found = gather_candidates(row, n);
-    for (int64_t i = 0; i < found; ++i) index_[count_ + i] = index[position_[i]];
-    grow(found);
+  // Offers row[0, n), n a multiple of lanes<T>; index(p) is the point of row[p]. No value beyond `cap`
+  // matters.
+  template <class Index>
+  void offer(const T* row, int64_t n, Index&& index, T cap = infinity<T>) {
+    T bound = cap;
+    if (n > k_ + kSlack || held_ == k_) bound = std::min(bound, bound_of_kth(row, n, k_));
+    if (held_ == k_) {
+      // In ascending order a tie with the last one held loses, for its index is higher.
+      const T last = value_[k_ - 1];
+      bound = std::min(bound, ascending ? std::nextafter(last, -infinity<T>) : last);
+    }
+    const int64_t found = positions_up_to(row, n, bound, position_.data());
+    T* values = value_.data() + count_;
+    int32_t* indices = index_.data() + count_;
+    for (int64_t i = 0; i < found; ++i) {
+      values[i] = row[position_[i]];
+      indices[i] = index(position_[i]);
+    }
+    count_ += found;
+    if (count_ > k_ + kSlack) settle();
   }
 
   // Writes the k nearest, and -1 and +inf beyond what was offered.
@@ -334,27 +324,12 @@ class Nearest {
     int32_t index;
   };
 
-  // Appends the values that may be among the k nearest; their positions in the row are left in position_.
-  int64_t gather_candidates(const T* row, int64_t n) {
-    T bound = infinity<T>;
-    if (n > k_ + kSlack || held_ == k_) bound = bound_of_kth(row, n, k_);
-    // What is held has lower indices, so that a tie with its last one loses.
-    if (held_ == k_) bound = std::min(bound, std::nextafter(value_[k_ - 1], -infinity<T>));
-    const int64_t found = positions_up_to(row, n, bound, position_.data());
-    T* out = value_.data() + count_;
-    for (int64_t i = 0; i < found; ++i) out[i] = row[position_[i]];
-    return found;
-  }
-
-  void grow(int64_t found) {
-    count_ += found;
-    if (count_ > k_ + kSlack) settle();
-  }
-
   // Sorts what is held and keeps the first k.
   void settle() {
     if (count_ == held_) return;
-    while (count_ > kCounting && tighten()) {
+    if constexpr (ascending) {
+      while (count_ > kCounting && tighten()) {
+      }
     }
     if (count_ > kCounting)
       sort_candidates();
@@ -372,6 +347,20 @@ class Nearest {
     }
     std::swap(value_, spare_value_);
     std::swap(index_, spare_index_);
+    if constexpr (!ascending) order_ties();
+  }
+
+  // Puts runs of equal values, which stand as they came, in order of index.
+  void order_ties() {
+    for (int64_t begin = 0, end; begin < count_; begin = end) {
+      for (end = begin + 1; end < count_ && value_[end] == value_[begin];) ++end;
+      if (end - begin < 2) continue;
+      candidates_.resize(room_);
+      for (int64_t i = begin; i < end; ++i) candidates_[i] = {value_[i], index_[i]};
+      std::sort(candidates_.data() + begin, candidates_.data() + end,
+                [](const Candidate& a, const Candidate& b) { return a.index < b.index; });
+      for (int64_t i = begin; i < end; ++i) index_[i] = candidates_[i].index;
+    }
   }
 
   // Drops candidates that cannot be among the k first; false where that got rid of too few to be worth
