@@ -222,26 +222,8 @@ def _fake_forward(
     )
 
 
-def _fake_backward(
-    grad,
-    x,
-    idx,
-    weight,
-    gamma,
-    beta,
-    winner,
-    slot,
-    out_sum,
-    in_sum,
-    degrees,
-    centre,
-    offset,
-    rstd,
-    training,
-    negative_slope,
-    need_x,
-    need_weight,
-):
+def _fake_backward(grad, x, idx, weight, gamma, *rest):
+    need_x, need_weight = rest[-2:]
     dtype = _compute_dtype(x)
     channels = (0,) if gamma is None else (weight.shape[0],)
     return (
