@@ -111,6 +111,8 @@ def knn(
     lengths_points = _check_lengths("knn", "lengths_points", lengths_points, "points", points)
     if query.dtype != torch.float64:
         query, points = query.float(), points.float()
+    if points is query:
+        points = query.view_as(query)  # torch.compile traces no Function that is given one tensor twice
     with torch.autocast(query.device.type, enabled=False):
         if _dispatch.choose("knn", impl, query.device) == "reference":
             return reference.knn(query, points, k, lengths_query=lengths_query, lengths_points=lengths_points)
