@@ -51,23 +51,23 @@ class DemoConfig:
     """Folder for everything that is made; summary.json and report.png come last."""
     seed: int = 0
     """Of the shapes, the initial weights and every random choice after them."""
-    shapes_per_class: int = 40
+    shapes_per_class: int = 60
     """Unlabelled shapes of each class for pre-training."""
-    train_per_class: int = 10
+    train_per_class: int = 5
     """Labelled shapes of each class for the SVM, none of which pre-training has seen."""
-    test_per_class: int = 25
+    test_per_class: int = 40
     """Shapes of each class to test it on, seen neither in pre-training nor by the SVM."""
-    points: int = 512
+    points: int = 256
     """Points per cloud."""
-    views: int = 4
+    views: int = 6
     """Rendered views per shape."""
-    image_size: int = 64
+    image_size: int = 48
     """Height and width of the views, in pixels."""
-    k: int = 12
+    k: int = 10
     """Neighbours in the encoder's graphs."""
-    epochs: int = 30
+    epochs: int = 9
     """Passes of pre-training over the unlabelled shapes."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Shapes per step."""
     lr: float = 1e-3
     """Learning rate of Adam in the first epoch."""
@@ -196,7 +196,8 @@ def _svm_config(config: DemoConfig, out: Path) -> SvmConfig:
         run=out / "run",
         data=out / "modelnet40",
         points=config.points,
-        repeats=10,
+        holdout=0.4,
+        repeats=25,
         seed=config.seed,
         device=config.device,
     )

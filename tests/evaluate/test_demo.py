@@ -12,7 +12,7 @@ from crosspoint.evaluate.demo import DemoConfig, demo
 
 TINY = DemoConfig(
     shapes_per_class=2,
-    train_per_class=3,
+    train_per_class=5,
     test_per_class=2,
     points=48,
     views=1,
@@ -43,7 +43,7 @@ def test_the_summary_says_what_was_measured(run):
         "classes": 12,
         "pretrain_shapes": 24,
         "pretrain_steps": 2,
-        "svm_train": 36,
+        "svm_train": 60,
         "svm_test": 24,
     }
     assert list(written["seconds"]) == ["generate", "render", "pretrain", "evaluate", "report"]
@@ -70,7 +70,7 @@ def test_labelled_shapes_are_new_ones_like_modelnet40(run):
     train, test = (load_modelnet40(out / "modelnet40", split, points=48) for split in ("train", "test"))
     assert pairs.classes == sorted(CLASSES)
     assert train.class_names == test.class_names == CLASSES
-    assert np.bincount(train.labels).tolist() == [3] * 12
+    assert np.bincount(train.labels).tolist() == [5] * 12
     assert np.bincount(test.labels).tolist() == [2] * 12
     clouds = np.concatenate([train.points, test.points])
     np.testing.assert_allclose(np.linalg.norm(clouds, axis=2).max(axis=1), 1, rtol=1e-5)
@@ -95,11 +95,11 @@ def test_a_rerun_starts_over_with_its_own_settings(run, monkeypatch, tmp_path):
     moved = tmp_path / "demo"
     shutil.copytree(out, moved)
     with pytest.raises(RuntimeError, match="stopped here"):
-        demo(dataclasses.replace(TINY, out=moved, train_per_class=2, seed=1))
+        demo(dataclasses.replace(TINY, out=moved, train_per_class=4, seed=1))
     # No result of the earlier demo may pass for one of this.
     assert {path.name for path in moved.iterdir()} == {"demo.yaml", "meshes", "modelnet40"}
     assert "seed: 1" in (moved / "demo.yaml").read_text()
-    assert len(load_modelnet40(moved / "modelnet40", "train", points=48).labels) == 24
+    assert len(load_modelnet40(moved / "modelnet40", "train", points=48).labels) == 48
     assert {path.name for path in out.iterdir()} == before
 
 
