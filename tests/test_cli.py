@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 
 import crosspoint.train
+import tiny_run
 from crosspoint import cli, info, models
 from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import PretrainConfig

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tester import Call, OpTester, compiled_backends, threads
 from torch import Tensor
 
 from crosspoint import ops
 from crosspoint.ops import reference
 from crosspoint.testing import assert_same_graph, tie_tolerance
+from op_tester import Call, OpTester, compiled_backends, threads
 
 BACKENDS = compiled_backends("knn_graph")
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=["-".join(pair) for pair in BACKENDS])

@@ -10,17 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
-from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 from torch import nn
 
+import tiny_run
 from crosspoint import models
 from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import pretrain
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.config import load_config
 from crosspoint.train.log import read_log
+from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 
 ROOT = Path(tiny_run.__file__).parents[2]
 
