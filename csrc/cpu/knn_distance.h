@@ -36,6 +36,17 @@ inline Vec<T> add_square(Vec<T> sum, Vec<T> d) {
 #endif
 }
 
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  Vec<T> sum = {};  // 0 * x is NaN where x is not finite
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) sum += load(x + i) * splat(T(0));
+  T rest = 0;
+  for (; i < n; ++i) rest += x[i] * T(0);
+  for (int lane = 0; lane < lanes<T>; ++lane) rest += sum[lane];
+  return rest == T(0);
+}
+
 // ---- few channels: panels of points, channel by channel
 
 template <class T>
@@ -55,8 +66,9 @@ inline void pack_points(const T* points, int64_t n, int64_t channels, int64_t de
   }
 }
 
-// out[q * stride + j] = squared distance of query q to point j of the panels, NaN made +inf.
-template <class T, int C, int Q>
+// out[q * stride + j] = squared distance of query q to point j of the panels; NaN is made +inf, unless all is
+// finite anyway.
+template <class T, int C, int Q, bool finite>
 inline void panel_distances(const T* panels, int64_t count, const T* query, T* out, int64_t stride) {
   constexpr int64_t L = lanes<T>;
   for (int64_t p = 0; p < count; ++p, panels += C * kPanel<T>, out += kPanel<T>) {
@@ -73,8 +85,8 @@ inline void panel_distances(const T* panels, int64_t count, const T* query, T* o
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
-      store(out + q * stride, least<T>(sum[q][0], splat(infinity<T>)));
-      store(out + q * stride + L, least<T>(sum[q][1], splat(infinity<T>)));
+      store(out + q * stride, finite ? sum[q][0] : least<T>(sum[q][0], splat(infinity<T>)));
+      store(out + q * stride + L, finite ? sum[q][1] : least<T>(sum[q][1], splat(infinity<T>)));
     }
   }
 }

@@ -8,6 +8,12 @@
 
 namespace crosspoint::CROSSPOINT_ISA {
 
+template <class T>
+struct PackedCloud {
+  const T* panels;
+  bool finite;  // points and queries
+};
+
 // Searches queries of one packed cloud; one per thread.
 template <class T>
 class PanelSearch {
@@ -27,23 +33,23 @@ class PanelSearch {
         held_index_(candidates > kChunk ? kQueries * k : 0) {}
 
   // Queries [first, first + count) of a cloud of n points; idx and dist2 point at the first one's row.
-  void run(const T* query, int64_t first, int64_t count, const T* panels, int64_t n, Self self, int64_t* idx,
-           T* dist2) {
+  void run(const T* query, int64_t first, int64_t count, const PackedCloud<T>& cloud, int64_t n, Self self,
+           int64_t* idx, T* dist2) {
     for (int64_t q = 0; q < count; q += kQueries)
-      run_few(query + (first + q) * channels_, first + q, std::min(kQueries, count - q), panels, n, self,
+      run_few(query + (first + q) * channels_, first + q, std::min(kQueries, count - q), cloud, n, self,
               idx + q * k_, dist2 == nullptr ? nullptr : dist2 + q * k_);
   }
 
  private:
-  void run_few(const T* query, int64_t first, int64_t count, const T* panels, int64_t n, Self self,
-               int64_t* idx, T* dist2) {
+  void run_few(const T* query, int64_t first, int64_t count, const PackedCloud<T>& cloud, int64_t n,
+               Self self, int64_t* idx, T* dist2) {
     for (int64_t q = 0; q < kQueries; ++q)
       for (int64_t c = 0; c < depth_; ++c)
         query_[q * depth_ + c] = q < count && c < channels_ ? query[q * channels_ + c] : T(0);
     int64_t held[kQueries] = {};
     for (int64_t begin = 0; begin < n || begin == 0; begin += chunk_) {
       const int64_t size = std::min(chunk_, n - begin), padded = round_up(size, kPanel<T>);
-      distances(panels + begin * depth_, padded / kPanel<T>);
+      distances(cloud.panels + begin * depth_, padded / kPanel<T>, cloud.finite);
       for (int64_t q = 0; q < count; ++q) {
         T* row = rows_.data() + q * chunk_;
         std::fill(row + size, row + padded, missing<T>);
@@ -61,20 +67,25 @@ class PanelSearch {
     }
   }
 
+  void distances(const T* panels, int64_t count, bool finite) {
+    finite ? distances<true>(panels, count) : distances<false>(panels, count);
+  }
+
+  template <bool finite>
   void distances(const T* panels, int64_t count) {
     switch (depth_) {
       case 1:
-        return panel_distances<T, 1, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 1, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
       case 2:
-        return panel_distances<T, 2, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 2, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
       case 3:
-        return panel_distances<T, 3, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 3, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
       case 4:
-        return panel_distances<T, 4, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 4, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
       case 6:
-        return panel_distances<T, 6, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 6, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
       case 8:
-        return panel_distances<T, 8, kQueries>(panels, count, query_.data(), rows_.data(), chunk_);
+        return panel_distances<T, 8, kQueries, finite>(panels, count, query_.data(), rows_.data(), chunk_);
     }
   }
 

@@ -317,6 +317,24 @@ def test_clouds_of_several_pieces(backend, channels, kind):
 
 
 @backends
+@pytest.mark.parametrize("kind", ["random", "few_unique", "one_point", "outlier", "not_finite"])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_graphs_of_large_clouds(backend, kind, include_self):
+    impl, device = backend
+    x = cloud(1, 3000, 3).float()
+    if kind == "few_unique":
+        x = x[:, torch.arange(3000) % 40]
+    elif kind == "one_point":
+        x[:, torch.arange(3000) % 8 > 0] = x[:, :1].clone()
+    elif kind == "outlier":
+        x[0, 1234, 0] = 1e9
+    elif kind == "not_finite":
+        x[0, 77, 1] = float("nan")
+    actual = ops.knn_graph(x.to(device), 16, include_self=include_self, impl=impl)
+    assert_same_graph(actual, reference.knn_graph(x, 16, include_self=include_self), x)
+
+
+@backends
 def test_padding_and_batch_do_not_matter(backend):
     impl, device = backend
     for channels in (3, 32):
