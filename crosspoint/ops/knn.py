@@ -13,9 +13,9 @@ equal on every backend; otherwise two backends may exchange neighbours whose dis
 their rounding: `crosspoint.testing.assert_same_graph` holds the rule. Results are bitwise equal over runs and
 thread counts.
 
-*Memory.* Beyond the outputs, the CPU kernels hold the clouds once or twice more (16 MB at a time, or one
-cloud) and, per thread, at most 500 kB plus 400 bytes per channel (float64: twice that), and 100 bytes per k.
-The backward pass of `knn` gathers (B, M, k, C) neighbours.
+*Memory.* Beyond the outputs, the CPU kernels hold the clouds up to three times more (16 MB at a time, or one
+cloud) and, per thread, at most 600 kB, 600 bytes per channel and 500 bytes per k (float64: twice that); no N x N
+matrix. The backward pass of `knn` gathers (B, M, k, C) neighbours.
 
 *In plain PyTorch*, for clouds without padding:
 
