@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
+# The part of the operators' battery that compares values.
+VALUES := matches_reference and (float32 or float64) or repeatable
 
-.PHONY: help install build demo test sanitize wheel lint clean
+.PHONY: help install build demo test variants sanitize wheel lint clean
 
 help:
 	@echo "make demo   install, build, then generate shapes, pre-train, evaluate and report under $(OUT)"
 	@echo "make test   install, build, then run the test suite"
-	@echo "make sanitize, make wheel   run the operators' battery on a sanitized build, on the built wheel"
+	@echo "make variants, make sanitize, make wheel"
+	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel"
 	@echo "make lint   check style"
 	@echo "make clean  remove what was built"
 
@@ -31,12 +34,17 @@ demo: build
 test: build
 	$(BIN)/python -m pytest --durations=10
 
+# The operators' battery on the lower instruction sets.
+variants: build
+	CROSSPOINT_CPU=avx2 $(BIN)/python -m pytest -q tests/ops -k "$(VALUES)"
+	CROSSPOINT_CPU=baseline $(BIN)/python -m pytest -q tests/ops -k "$(VALUES)"
+
 # The operators' battery on kernels built with the address and undefined-behaviour sanitizers.
 sanitize: install
 	CROSSPOINT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 CROSSPOINT_LIBRARY=build/sanitized/crosspoint/ops/libcrosspoint_ops.so \
-	$(BIN)/python -m pytest -q tests/ops -k "matches_reference and (float32 or float64) or bad_input or repeatable"
+	$(BIN)/python -m pytest -q tests/ops -k "$(VALUES) or bad_input"
 
 # The built wheel, in a fresh venv that holds nothing but torch, numpy and the test tools.
 wheel: install
