@@ -120,7 +120,11 @@ def draw_class_accuracies(
     rows = np.arange(len(class_names))
     for (encoder, values), colour in zip(accuracies.items(), (PRETRAINED, RANDOM), strict=False):
         percent = [100 * values.get(name, np.nan) for name in class_names]
-        axes.scatter(percent, rows, s=26, color=colour, label=encoder, zorder=3)
+        # the random one larger and below: equal values show as a ring
+        random = colour == RANDOM
+        axes.scatter(
+            percent, rows, s=60 if random else 26, color=colour, label=encoder, zorder=3 - random / 2
+        )
     if len(accuracies) == 2:
         first, second = accuracies.values()
         for row, name in enumerate(class_names):
