@@ -53,7 +53,7 @@ class DemoConfig:
     """Of the shapes, the initial weights and every random choice after them."""
     shapes_per_class: int = 60
     """Unlabelled shapes of each class for pre-training."""
-    train_per_class: int = 5
+    train_per_class: int = 8
     """Labelled shapes of each class for the SVM, none of which pre-training has seen."""
     test_per_class: int = 40
     """Shapes of each class to test it on, seen neither in pre-training nor by the SVM."""
@@ -65,7 +65,7 @@ class DemoConfig:
     """Height and width of the views, in pixels."""
     k: int = 10
     """Neighbours in the encoder's graphs."""
-    epochs: int = 9
+    epochs: int = 15
     """Passes of pre-training over the unlabelled shapes."""
     batch_size: int = 16
     """Shapes per step."""
@@ -196,7 +196,7 @@ def _svm_config(config: DemoConfig, out: Path) -> SvmConfig:
         run=out / "run",
         data=out / "modelnet40",
         points=config.points,
-        holdout=0.4,
+        holdout=0.25,
         repeats=25,
         seed=config.seed,
         device=config.device,
