@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import crosspoint
+
 ROOT = Path(__file__).parents[1]
 OBJECTS = ROOT / "build" / "kernels"
 
@@ -55,6 +57,11 @@ def test_install_without_compiler_builds_a_pure_python_wheel(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_there_is_one_version():
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert citation.group(1) == crosspoint.__version__
 
 
 @pytest.mark.parametrize("page", ["README.md"])
