@@ -24,17 +24,6 @@ inline Parallel torch_pool() {
   return Parallel(run, static_cast<int>(torch::stable::get_num_threads()));
 }
 
-template <class T>
-inline constexpr ScalarType dtype_of = ScalarType::Undefined;
-template <>
-inline constexpr ScalarType dtype_of<float> = ScalarType::Float;
-template <>
-inline constexpr ScalarType dtype_of<double> = ScalarType::Double;
-template <>
-inline constexpr ScalarType dtype_of<int64_t> = ScalarType::Long;
-template <>
-inline constexpr ScalarType dtype_of<uint8_t> = ScalarType::Byte;
-
 // float64 stays; float32 and the half types are computed in float32.
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -28,7 +28,8 @@ def test_round_trip_is_exact(tmp_path):
 
 
 def test_written_file_is_read_by_trimesh(tmp_path):
-    trimesh = pytest.importorskip("trimesh")
+    import trimesh
+
     points = cloud()
     write_points(tmp_path / "a.ply", points)
     assert np.array_equal(np.asarray(trimesh.load(tmp_path / "a.ply").vertices, np.float32), points)

@@ -81,7 +81,8 @@ def test_run_folder(data, finished):
 
 
 def test_weights_file_holds_the_final_weights(finished):
-    safetensors = pytest.importorskip("safetensors.torch")
+    import safetensors.torch as safetensors
+
     out, _ = finished
     stored = safetensors.load_file(out / "weights.safetensors")
     for name, value in weights(out).items():
