@@ -7,13 +7,14 @@ OUT ?= runs/demo
 # The part of the operators' battery that compares values.
 VALUES := matches_reference and (float32 or float64) or repeatable
 
-.PHONY: help install build demo test variants sanitize wheel lint clean
+.PHONY: help install build demo test variants sanitize wheel oldest-torch lint clean
 
 help:
 	@echo "make demo   install, build, then generate shapes, pre-train, evaluate and report under $(OUT)"
 	@echo "make test   install, build, then run the test suite"
-	@echo "make variants, make sanitize, make wheel"
-	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel"
+	@echo "make variants, make sanitize, make wheel, make oldest-torch"
+	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel, under"
+	@echo "            the oldest torch supported (a download of 530 MB)"
 	@echo "make lint   check style"
 	@echo "make clean  remove what was built"
 
@@ -49,6 +50,10 @@ sanitize: install
 # The built wheel, in a fresh venv that holds nothing but torch, numpy and the test tools.
 wheel: install
 	scripts/check_wheel.sh $(PYTHON) $(BIN)/python
+
+# The library built here, loaded under the oldest torch; and the CUDA route, built against that torch.
+oldest-torch: build
+	scripts/check_oldest_torch.sh $(PYTHON)
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY_PATH", "cpu_variant", "define", "has_kernel", "load_error"]
+__all__ = ["LIBRARY_PATH", "build_info", "cpu_variant", "define", "has_kernel", "load_error"]
 
 # CROSSPOINT_LIBRARY names another build of the same kernels, such as one with sanitizers.
 LIBRARY_PATH = Path(os.environ.get("CROSSPOINT_LIBRARY") or Path(__file__).parent / "libcrosspoint_ops.so")
@@ -46,9 +46,15 @@ def _load() -> str | None:
 
 
 _namespace.define("cpu_variant() -> str")
+_namespace.define("build_info() -> str")
 load_error = _load()
 
 
 def cpu_variant() -> str:
     """The instruction-set variant of the CPU kernels that this process runs: "avx512", "avx2" or "baseline"."""
     return torch.ops.crosspoint.cpu_variant()
+
+
+def build_info() -> str:
+    """What the compiled library was built from and for: a line "name: fact" each."""
+    return torch.ops.crosspoint.build_info()
