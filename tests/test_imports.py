@@ -16,6 +16,7 @@ BASE_INSTALL = {"torch", "numpy"}
 LAYERS = {
     "ops": {"kernels"},
     "nn": {"ops"},
+    "interop": {"nn", "ops"},
     "models": {"nn", "ops"},
     "data": set(),
     "train": {"models", "data"},
@@ -97,9 +98,11 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_importing_everything_is_silent_and_light():
     code = """
 import importlib, sys
-for name in ("ops", "nn", "models", "data", "train", "evaluate", "testing", "cli", "kernels"):
+interop = [f"interop.{name}" for name in ("lightly", "pointcept", "pytorch3d", "pytorch_metric_learning")]
+for name in ("ops", "nn", "models", "data", "train", "evaluate", "testing", "cli", "kernels", *interop):
     importlib.import_module("crosspoint." + name)
 heavy = {"triton", "sklearn", "trimesh", "h5py", "matplotlib", "tensorboard", "tyro", "kornia", "safetensors"}
+heavy |= {"torch_geometric", "pytorch_metric_learning", "lightly"}
 raise SystemExit(f"imported {sorted(heavy & set(sys.modules))}" if heavy & set(sys.modules) else 0)
 """
     done = run_python(code)

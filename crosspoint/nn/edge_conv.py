@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from crosspoint.ops import edge_conv, knn_graph
 
-__all__ = ["DynamicEdgeConv", "EdgeConv"]
+__all__ = ["DynamicEdgeConv", "EdgeConv", "norm_arguments"]
 
 
 class EdgeConv(nn.Module):
@@ -63,32 +63,14 @@ class EdgeConv(nn.Module):
         self.bn.reset_parameters()
 
     def forward(self, x: Tensor, idx: Tensor) -> Tensor:
-        bn = self.bn
-        has_running = bn.running_mean is not None
-        updates = bn.training and bn.track_running_stats and has_running
-        momentum = self._count_batch() if updates else 0.0
-        uses_running = updates or not bn.training
         return edge_conv(
             x,
             idx,
             self.weight,
-            bn.weight,
-            bn.bias,
-            bn.running_mean if uses_running else None,
-            bn.running_var if uses_running else None,
-            training=bn.training or not has_running,
-            momentum=momentum,
-            eps=bn.eps,
+            **norm_arguments(self.bn),
             negative_slope=self.negative_slope,
             impl=self.impl,
         )
-
-    def _count_batch(self) -> float:
-        """Advance the batch counter; return the weight of this batch in the running statistics."""
-        self.bn.num_batches_tracked.add_(1)
-        if self.bn.momentum is None:
-            return 1.0 / float(self.bn.num_batches_tracked)
-        return self.bn.momentum
 
     def extra_repr(self) -> str:
         sizes = f"{self.in_channels}, {self.out_channels}"
@@ -114,3 +96,23 @@ class DynamicEdgeConv(EdgeConv):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
+
+
+def norm_arguments(bn: nn.modules.batchnorm._BatchNorm) -> dict:
+    """The arguments of `crosspoint.ops.edge_conv` that do what `bn` would, were it called; it counts the batch."""
+    has_running = bn.running_mean is not None
+    updates = bn.training and bn.track_running_stats and has_running
+    uses_running = updates or not bn.training
+    momentum = 0.0
+    if updates:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    return {
+        "gamma": bn.weight,
+        "beta": bn.bias,
+        "running_mean": bn.running_mean if uses_running else None,
+        "running_var": bn.running_var if uses_running else None,
+        "training": bn.training or not has_running,
+        "momentum": momentum,
+        "eps": bn.eps,
+    }

@@ -1,0 +1,11 @@
+"""Other packages' calls, computed by this package's operators.
+
+| their call | here |
+|---|---|
+| `pytorch3d.ops.knn_points`, `knn_gather` | `crosspoint.interop.pytorch3d` |
+| `pointops.knn_query` (Pointcept) | `crosspoint.interop.pointcept` |
+| `lightly.loss.NTXentLoss` | `crosspoint.interop.lightly` |
+| `pytorch_metric_learning.losses.NTXentLoss`, `SelfSupervisedLoss` | `crosspoint.interop.pytorch_metric_learning` |
+
+No module here imports the package it is named after. What a call cannot do exactly as there, it refuses by name.
+"""

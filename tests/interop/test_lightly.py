@@ -1,0 +1,121 @@
+"""Against the formula of lightly's loss, and against lightly itself where it is installed.
+
+lightly imports torchvision, whose wheels ask for a fixed torch, so the dev environment is without both. Where
+lightly was installed by `pip install --no-deps lightly`, its loss runs with an empty stand-in for torchvision.
+"""
+
+import importlib
+import importlib.util
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crosspoint.interop.lightly import NTXentLoss
+
+
+def formula(out0, out1, temperature):
+    """The four blocks of similarities, the diagonals of the two within a view left out."""
+    n = len(out0)
+    a, b = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+    other = ~torch.eye(n, dtype=torch.bool)
+    rows = [
+        torch.cat([x @ y.t(), (x @ x.t())[other].view(n, n - 1)], dim=1) / temperature
+        for x, y in ((a, b), (b, a))
+    ]
+    return F.cross_entropy(torch.cat(rows), torch.arange(n).repeat(2))
+
+
+def lightly_loss(out0, out1, temperature):
+    if importlib.util.find_spec("lightly") is None:
+        pytest.skip("lightly is not installed: it requires torchvision, which fixes another torch")
+    names = [name for name in sys.modules if name.partition(".")[0] in ("lightly", "torchvision")]
+    before = {name: sys.modules.pop(name) for name in names}
+    absent = {"torchvision": mock.MagicMock(), "torchvision.models": mock.MagicMock()}
+    absent |= {
+        f"torchvision.{name}": mock.MagicMock() for name in ("ops", "transforms", "models.vision_transformer")
+    }
+    absent |= {"lightly.models": mock.MagicMock(__path__=[])}
+    try:
+        spec = importlib.util.find_spec("lightly")
+        folder = spec.submodule_search_locations[0]
+        with mock.patch.dict(sys.modules, absent):
+            load_file("lightly.models.modules.memory_bank", f"{folder}/models/modules/memory_bank.py")
+            module = load_file("lightly_ntx_ent_loss", f"{folder}/loss/ntx_ent_loss.py")
+    finally:
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("lightly", "torchvision")]:
+            del sys.modules[name]
+        sys.modules.update(before)
+    return module.NTXentLoss(temperature)(out0, out1)
+
+
+def load_file(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("theirs", [formula, lightly_loss])
+@pytest.mark.parametrize("temperature", [0.5, 0.07])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_same_loss_and_gradients(theirs, temperature, dtype, tolerance):
+    torch.manual_seed(0)
+    views = [torch.randn(17, 8, dtype=dtype, requires_grad=True) for _ in range(2)]
+    ours, want = NTXentLoss(temperature)(*views), theirs(*views, temperature)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, want, rtol=tolerance, atol=tolerance)
+    for a, b in zip(torch.autograd.grad(ours, views), torch.autograd.grad(want, views), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_temperature_is_half_by_default_and_nothing_is_saved():
+    loss = NTXentLoss()
+    views = torch.randn(6, 4), torch.randn(6, 4)
+    torch.testing.assert_close(loss(*views), formula(*views, 0.5))
+    assert loss.state_dict() == {} and NTXentLoss(0.2, 0, True).temperature == 0.2
+
+
+def test_one_sample_and_none_give_zero():
+    for n in (0, 1):
+        assert NTXentLoss()(torch.randn(n, 4), torch.randn(n, 4)) == 0
+
+
+def test_half():
+    views = torch.randn(6, 4).half(), torch.randn(6, 4).half()
+    loss = NTXentLoss()(*views)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, formula(*(v.float() for v in views), 0.5))
+
+
+@pytest.mark.parametrize("size", [4096, (4096, 128)])
+def test_refuses_a_memory_bank(size):
+    with pytest.raises(ValueError, match="memory_bank_size must be 0"):
+        NTXentLoss(memory_bank_size=size)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.5, float("nan")])
+def test_refuses_temperatures(temperature):
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        NTXentLoss(temperature)
+
+
+def test_refuses_to_gather_among_processes():
+    loss = NTXentLoss(gather_distributed=True)
+    views = torch.randn(6, 4), torch.randn(6, 4)
+    assert torch.equal(loss(*views), NTXentLoss()(*views))
+    with (
+        mock.patch("torch.distributed.is_initialized", return_value=True),
+        mock.patch("torch.distributed.get_world_size", return_value=2),
+        pytest.raises(NotImplementedError, match="among 2 processes"),
+    ):
+        loss(*views)
+
+
+def test_compiles():
+    views = torch.randn(6, 4), torch.randn(6, 4)
+    compiled = torch.compile(NTXentLoss(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*views), formula(*views, 0.5))
