@@ -1,4 +1,7 @@
-"""What is usable on this machine, and for what is not, why and what to do. Needs torch and numpy alone."""
+"""What is usable on this machine, and for what is not, why and what to do: a text to paste into a bug report.
+
+Needs torch and numpy alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import numpy as np
 import torch
 
 from crosspoint._version import __version__
-from crosspoint.ops import describe_backends
+from crosspoint.ops import _library, describe_backends
 
 __all__ = ["missing_packages", "report"]
 
@@ -23,6 +26,8 @@ def report() -> str:
         for title, lines in (
             (f"crosspoint {__version__}", _versions()),
             ("Devices", _devices()),
+            ("Compiled kernels", _build()),
+            ("Environment", _environment()),
             *((f"Operators on {device}", _operators(device)) for device in _usable_devices()),
             ("Extras", _extras()),
         )
@@ -68,19 +73,14 @@ def _versions() -> list[str]:
 
 def _devices() -> list[str]:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = [
-        (
-            "cpu",
-            f"{torch.backends.cpu.get_cpu_capability()}, {affinity} cores, {torch.get_num_threads()} threads",
-        )
-    ]
+    rows = [("cpu", f"{_cpu_name()}, {affinity} cores, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             memory = properties.total_memory / 2**30
-            rows.append(
-                (f"cuda:{i}", f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
-            )
+            capability = f"sm_{properties.major}{properties.minor}"
+            rows.append((f"cuda:{i}", f"{properties.name}, {capability}, {memory:.0f} GiB"))
+        rows.append(("CUDA", f"{torch.version.cuda} in torch"))
     elif torch.version.cuda is None and torch.version.hip is None:
         rows.append(
             ("cuda", "no: this torch was built without CUDA; pytorch.org lists the builds that have it")
@@ -90,6 +90,39 @@ def _devices() -> list[str]:
             ("cuda", f"no: torch (CUDA {torch.version.cuda}) finds no GPU; does `nvidia-smi` list one?")
         )
     return _table(rows)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _build() -> list[str]:
+    if _library.load_error is not None:
+        return [f"none: {_library.load_error}"]
+    facts = [tuple(line.split(": ", 1)) for line in _library.build_info().splitlines()]
+    return _table([("CPU variant in use", _library.cpu_variant()), *facts])
+
+
+def _environment() -> list[str]:
+    """The variables that change what runs."""
+    prefixes = (
+        "CROSSPOINT_",
+        "OMP_",
+        "MKL_",
+        "CUDA_VISIBLE",
+        "CUDA_LAUNCH",
+        "TRITON_",
+        "TORCH_",
+        "LD_PRELOAD",
+        "MALLOC_",
+    )
+    return [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(prefixes)] or [
+        "nothing set"
+    ]
 
 
 def _usable_devices() -> list[str]:

@@ -226,6 +226,21 @@ def test_info_says_why_native_is_not_usable():
     assert re.search(r"edge_conv +no ", done.stdout)
 
 
+def test_info_tells_what_a_bug_report_needs():
+    done = run_python("-m", "crosspoint", "info", CROSSPOINT_CPU="baseline")
+    assert done.returncode == 0, done.stderr
+    for pattern in (
+        r"CPU variant in use +baseline",
+        r"built against +torch \S+, stable ABI of torch 2\.11",
+        r"compiler +\S",
+        r"CPU variants +baseline",
+        r"CUDA kernels +\S",
+        r"cpu +.*\d+ cores, \d+ threads",
+        r"CROSSPOINT_CPU=baseline",
+    ):
+        assert re.search(pattern, done.stdout), pattern
+
+
 def test_info_takes_no_options(capsys):
     assert cli.main(["info", "--x"]) == 1
     assert "info takes no options, got '--x'" in capsys.readouterr().err

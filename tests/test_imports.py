@@ -137,3 +137,12 @@ def test_missing_extra_is_named(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install 'crosspoint\[eval\]'"):
         require(module, extra="eval")
+
+
+def test_crosspoint_itself_imports_no_torch():
+    done = run_python(
+        "import sys, crosspoint; assert 'torch' not in sys.modules; crosspoint.explain; assert 'torch' in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        crosspoint.nothing  # noqa: B018

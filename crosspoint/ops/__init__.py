@@ -1,8 +1,19 @@
 """The operators: `knn_graph`, `knn`, `edge_conv`, `nt_xent`, `info_nce`."""
 
 from crosspoint.ops._dispatch import BackendRow, describe_backends
+from crosspoint.ops._explain import Explanation, explain
 from crosspoint.ops.edge_conv import edge_conv
 from crosspoint.ops.knn import knn, knn_graph
 from crosspoint.ops.nt_xent import info_nce, nt_xent
 
-__all__ = ["BackendRow", "describe_backends", "edge_conv", "info_nce", "knn", "knn_graph", "nt_xent"]
+__all__ = [
+    "BackendRow",
+    "Explanation",
+    "describe_backends",
+    "edge_conv",
+    "explain",
+    "info_nce",
+    "knn",
+    "knn_graph",
+    "nt_xent",
+]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from crosspoint.ops import _library
 
-__all__ = ["IMPLS", "BackendRow", "choose", "describe_backends", "register"]
+__all__ = ["IMPLS", "BackendRow", "Question", "asking", "choose", "describe_backends", "register", "why_not"]
 
 IMPLS = ("auto", "native", "triton", "reference")
 _DEVICES = ("cpu", "cuda")
 
 # (op, device type) -> {backend: None, or why it cannot run}, in the order that "auto" prefers
 _table: dict[tuple[str, str], dict[str, str | None]] = {}
+# (op, backend) -> f(**traits): None, or why this backend cannot run a call of these traits
+_limits: dict[tuple[str, str], Callable[..., str | None]] = {}
+
+# `asking.active = True` makes the next `choose` of this thread raise a Question instead of answering: `explain` hears
+# from the public function itself what it would have asked.
+asking = threading.local()
 
 
 class BackendRow(NamedTuple):
@@ -27,14 +35,27 @@ class BackendRow(NamedTuple):
     why: str
 
 
-def register(op: str, *operators: str) -> None:
-    """Enter public function `op` into the table; its native backend needs all `operators`."""
+class Question(Exception):
+    """What `choose` was asked; `explain` catches it."""
+
+    def __init__(self, op: str, impl: str, device: torch.device, traits: dict[str, object]) -> None:
+        self.op, self.impl, self.device, self.traits = op, impl, device, traits
+
+
+def register(op: str, *operators: str, limits: dict[str, Callable[..., str | None]] | None = None) -> None:
+    """Enter public function `op` into the table; its native backend needs all `operators`.
+
+    `limits` names, per backend, what depends on the call: a function of the traits that the public function hands to
+    `choose` (dtype, k, ...), which returns None or why this backend cannot run such a call.
+    """
     for device in _DEVICES:
         _table[op, device] = {
             "native": _why_not_native(operators, device),
             "triton": _why_not_triton(op),
             "reference": None,
         }
+    for backend, limit in (limits or {}).items():
+        _limits[op, backend] = limit
 
 
 def _why_not_native(operators: tuple[str, ...], device: str) -> str | None:
@@ -49,26 +70,35 @@ def _why_not_triton(op: str) -> str | None:
     return f"{op} has no Triton kernel in this version"
 
 
-def choose(op: str, impl: str, device: torch.device) -> str:
+def choose(op: str, impl: str, device: torch.device, **traits: object) -> str:
     """The backend that runs `op` on `device`: `impl` itself, or the first usable one for "auto"."""
+    if not torch.compiler.is_compiling() and getattr(asking, "active", False):
+        raise Question(op, impl, device, traits)
     if impl not in IMPLS:
         raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "reference":
         return impl
-    rows = _table.get((op, device.type))
-    if rows is None:
-        if impl == "auto":
-            return "reference"
-        raise RuntimeError(
-            f"{op}: impl={impl!r} has no kernels for {device.type} tensors; use impl='reference'"
-        )
-    if impl == "auto":
-        for backend, why in rows.items():
-            if why is None:
-                return backend
-    if rows[impl] is not None:
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} tensors: {rows[impl]}")
-    return impl
+    if impl != "auto":
+        why = why_not(op, impl, device.type, traits)
+        if why is not None:
+            raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} tensors: {why}")
+        return impl
+    for backend in _table.get((op, device.type), ()):
+        if why_not(op, backend, device.type, traits) is None:
+            return backend
+    return "reference"
+
+
+def why_not(op: str, backend: str, device: str, traits: dict[str, object]) -> str | None:
+    """None where `backend` can run such a call of `op`, else why it cannot."""
+    if backend == "reference":
+        return None
+    if (op, device) not in _table:
+        return f"no kernels for {device} tensors; use impl='reference'"
+    why = _table[op, device][backend]
+    if why is None and (op, backend) in _limits:
+        why = _limits[op, backend](**traits)
+    return why
 
 
 def describe_backends() -> list[BackendRow]:

@@ -1,0 +1,100 @@
+"""`explain` answers for a call what the call itself would do."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import crosspoint
+from crosspoint import ops
+from crosspoint.ops import _dispatch
+
+X = torch.zeros(2, 8, 3)
+
+
+def test_auto_runs_native_and_names_the_others():
+    found = crosspoint.explain(ops.knn_graph, X, 4)
+    assert (found.op, found.device, found.impl, found.runs) == ("knn_graph", "cpu", "auto", "native")
+    assert list(found.backends) == ["native", "triton", "reference"]
+    assert found.backends["native"] is None and found.backends["reference"] is None
+    assert found.backends["triton"]
+    text = str(found)
+    assert text.startswith("knn_graph on cpu with impl='auto' runs native")
+    assert f"no: {found.backends['triton']}" in text
+    assert any("threads" in note for note in found.notes)
+
+
+IDX, WEIGHT = torch.zeros(2, 8, 4, dtype=torch.int64), torch.zeros(5, 6)
+CALLS = {
+    "knn_graph": partial(ops.knn_graph, X, 4),
+    "knn": partial(ops.knn, X, X, 4),
+    "edge_conv": partial(ops.edge_conv, X, IDX, WEIGHT, None, None, training=False),
+    "nt_xent": partial(ops.nt_xent, X[0], X[1]),
+    "info_nce": partial(ops.info_nce, X[0], X[1]),
+}
+
+
+def test_every_operator_is_tried():
+    assert set(CALLS) == {row.op for row in ops.describe_backends()}
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+def test_says_what_choose_says(op, impl, monkeypatch):
+    answers = []
+    choose = _dispatch.choose
+
+    def recorded(*args, **traits):
+        answers.append(choose(*args, **traits))
+        return answers[-1]
+
+    call = CALLS[op]
+    found = ops.explain(op, *call.args, **call.keywords, impl=impl)
+    monkeypatch.setattr(_dispatch, "choose", recorded)
+    call(impl=impl)
+    assert answers == [found.runs]
+
+
+def test_nothing_is_computed():
+    shape = (1, 1 << 20, 3)
+    ops.explain("knn_graph", torch.zeros(1).expand(shape), 1000)  # would be 8 GB of indices
+
+
+def test_a_refused_backend_is_explained_instead_of_raised():
+    found = ops.explain("nt_xent", X[0], X[1], impl="triton")
+    assert found.runs is None and "is refused" in str(found)
+    with pytest.raises(RuntimeError, match="cannot run on cpu tensors"):
+        ops.nt_xent(X[0], X[1], impl="triton")
+
+
+def test_limits_of_a_call_are_asked(monkeypatch):
+    limit = lambda **traits: "says the test"  # noqa: E731
+    monkeypatch.setitem(_dispatch._limits, ("knn_graph", "native"), limit)
+    found = ops.explain("knn_graph", X, 4)
+    assert found.runs == "reference" and found.backends["native"] == "says the test"
+    assert any("plain PyTorch" in note for note in found.notes)
+    with pytest.raises(RuntimeError, match="says the test"):
+        ops.knn_graph(X, 4, impl="native")
+
+
+def test_other_devices_have_the_reference_alone():
+    found = ops.explain("knn_graph", X.to("meta"), 4)
+    assert found.runs == "reference" and "no kernels for meta" in found.backends["native"]
+
+
+def test_slow_inputs_are_noted():
+    found = ops.explain("knn_graph", torch.zeros(2, 3, 8, dtype=torch.bfloat16).transpose(1, 2), 4)
+    assert any("not contiguous" in note for note in found.notes)
+    assert any("widened" in note for note in found.notes)
+
+
+def test_arguments_are_checked_as_by_the_call():
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        ops.explain("knn_graph", X, 0)
+    assert ops.knn_graph(X, 4).shape == (2, 8, 4), "an error leaves nothing behind"
+
+
+@pytest.mark.parametrize("op", ["ball_query", torch.add])
+def test_what_is_no_operator_is_refused(op):
+    with pytest.raises(ValueError, match="op must be one of"):
+        ops.explain(op, X)
