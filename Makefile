@@ -20,7 +20,7 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch numpy setuptools wheel
+	$(PIP) install --quiet --constraint constraints.txt torch numpy pybind11 setuptools wheel
 	CROSSPOINT_BUILD=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
@@ -60,4 +60,4 @@ lint: install
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf build dist *.egg-info crosspoint/ops/*.so
+	rm -rf build dist *.egg-info crosspoint/*.so crosspoint/ops/*.so

@@ -1,5 +1,5 @@
 """Builds the operator library: csrc/cpu once per instruction set, csrc/torch once, csrc/cuda where there is CUDA,
-linked into one shared object.
+linked into one shared object; and crosspoint._host: csrc/python_module.cpp with its kernels, which needs no torch.
 
 CROSSPOINT_BUILD=0 installs without compiling anything; the plain-PyTorch reference then runs every operator.
 CROSSPOINT_CUDA=auto|0|1: auto (the default) builds the CUDA kernels where torch has CUDA and a toolkit is found,
@@ -16,6 +16,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +53,8 @@ if X86:
         *VARIANT_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
+HOST_KERNELS = {"farthest_point_sampling", "knn", "neighbor_sum"}
+HOST_ONLY_KERNELS = HOST_KERNELS - {"knn"}
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has what the bindings use
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # Code of one minor version runs on the later ones of its major; PTX of the last serves what comes after it.
@@ -171,14 +175,34 @@ class Unit(NamedTuple):
     flags: list[str]
 
 
-def cpu_units() -> list[Unit]:
-    kernels = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.name != "isa.cpp"]
+def cpu_units(names: Iterable[str]) -> list[Unit]:
     units = [
-        Unit(source, variant, [f"-DCROSSPOINT_ISA={variant}", *flags])
-        for source in kernels
+        Unit(CSRC / "cpu" / f"{name}.cpp", variant, [f"-DCROSSPOINT_ISA={variant}", *flags])
+        for name in sorted(names)
         for variant, flags in VARIANT_FLAGS.items()
     ]
     return [*units, Unit(CSRC / "cpu" / "isa.cpp", "common", [])]
+
+
+def operator_kernels() -> set[str]:
+    return {path.stem for path in (CSRC / "cpu").glob("*.cpp")} - {"isa", *HOST_ONLY_KERNELS}
+
+
+def host_units() -> list[Unit]:
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit(
+            "crosspoint's NumPy module is built with pybind11 >= 2.13, and this Python has none. Either install "
+            "pybind11 first, or set CROSSPOINT_BUILD=0 to install without kernels."
+        ) from None
+    flags = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    built_with = " ".join(COMMON_FLAGS)
+    flags.append(f'-DCROSSPOINT_FLAGS="{built_with}"')
+    return [
+        *cpu_units(HOST_KERNELS),
+        Unit(CSRC / "python_module.cpp", f"host-{sys.version_info.minor}", flags),
+    ]
 
 
 def binding_units(torch, headers: list[str], cuda: Cuda | str, build: str) -> list[Unit]:
@@ -223,6 +247,8 @@ def describe_build(torch_version: str, cuda: Cuda | str, compiler: str) -> str:
 
 class BuildOperatorLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_host"):
+            return super().get_ext_filename(fullname)
         # No Python symbol is used, so the name carries no Python version.
         return str(Path(*fullname.split("."))) + ".so"
 
@@ -232,6 +258,22 @@ class BuildOperatorLibrary(build_ext):
         self.build_temp = str(ROOT / "build" / ("kernels" if not SANITIZE else "kernels-sanitized"))
 
     def build_extension(self, extension: Extension) -> None:
+        os.chdir(ROOT)
+        if extension.name.endswith("_host"):
+            self.build_host_module(extension)
+        else:
+            self.build_operator_library(extension)
+
+    def build_host_module(self, extension: Extension) -> None:
+        self.compiler.link_shared_object(
+            self.compile_units(host_units()),
+            self.get_ext_fullpath(extension.name),
+            # Its undefined symbols are Python's.
+            extra_postargs=["-pthread", *(flag for flag in LINK_FLAGS if flag != "-Wl,-z,defs")],
+            target_lang="c++",
+        )
+
+    def build_operator_library(self, extension: Extension) -> None:
         torch, cpp_extension = import_torch()
         cuda = wanted_cuda(torch.version.cuda)
         print(f"crosspoint: {build_line(cuda)}", file=sys.stderr)
@@ -239,9 +281,10 @@ class BuildOperatorLibrary(build_ext):
             [self.compiler.compiler_so_cxx[0], "--version"], capture_output=True, text=True
         )
         build = describe_build(torch.__version__, cuda, compiler.stdout.partition("\n")[0])
-        os.chdir(ROOT)
         objects = self.compile_units(
-            cpu_units() + binding_units(torch, cpp_extension.include_paths(), cuda, build) + cuda_units(cuda),
+            cpu_units(operator_kernels())
+            + binding_units(torch, cpp_extension.include_paths(), cuda, build)
+            + cuda_units(cuda),
             cuda,
         )
         libraries, folders = ["torch", "torch_cpu", "c10"], cpp_extension.library_paths()
@@ -258,7 +301,7 @@ class BuildOperatorLibrary(build_ext):
             target_lang="c++",
         )
 
-    def compile_units(self, units: list[Unit], cuda: Cuda | str) -> list[str]:
+    def compile_units(self, units: list[Unit], cuda: Cuda | str = "") -> list[str]:
         headers = max(path.stat().st_mtime for path in CSRC.rglob("*.h"))
 
         def compile_unit(unit: Unit) -> str:
@@ -292,8 +335,11 @@ class BuildOperatorLibrary(build_ext):
 def main() -> None:
     build = os.environ.get("CROSSPOINT_BUILD", "1") != "0"
     sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.c*"))]
+    extensions = [
+        Extension(name, sources) for name in ("crosspoint.ops.libcrosspoint_ops", "crosspoint._host")
+    ]
     setup(
-        ext_modules=[Extension("crosspoint.ops.libcrosspoint_ops", sources)] if build else [],
+        ext_modules=extensions if build else [],
         cmdclass={"build_ext": BuildOperatorLibrary},
     )
 

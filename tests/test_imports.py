@@ -80,6 +80,11 @@ def test_private_modules_import_no_layer():
             assert allowed(name, set()), f"{path.name} imports {name}, but every layer imports {path.name}"
 
 
+def test_the_numpy_module_imports_no_layer():
+    for name in imports(ast.parse((PACKAGE / "numpy.py").read_text())):
+        assert allowed(name, set()), f"numpy.py imports {name}, but it must run without torch"
+
+
 def test_modules_import_only_the_base_install():
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in at_import_time(ast.parse(path.read_text())):

@@ -32,6 +32,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosspoint import _check
 from crosspoint.ops import _dispatch, _library, reference
 
 __all__ = ["knn", "knn_graph"]
@@ -96,11 +97,7 @@ def knn(
     """
     _check_points("knn", "query", query)
     _check_points("knn", "points", points)
-    if query.shape[0] != points.shape[0] or query.shape[2] != points.shape[2]:
-        raise ValueError(
-            "knn: query (B, M, C) and points (B, N, C) must agree in B and C, got "
-            f"{tuple(query.shape)} and {tuple(points.shape)}"
-        )
+    _check.same_batch(query.shape, points.shape)
     if query.dtype != points.dtype or query.device != points.device:
         raise ValueError(
             f"knn: query is {query.dtype} on {query.device}, points are {points.dtype} on {points.device}; "
@@ -120,30 +117,19 @@ def knn(
 
 
 def _check_points(op: str, name: str, x: Tensor) -> None:
-    if x.dim() != 3:
-        raise ValueError(
-            f"{op}: {name} must be (batch, points, channels), got shape {tuple(x.shape)}; "
-            "add a batch dimension with [None] if it is a single cloud"
-        )
+    _check.points_shape(op, name, x.shape)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}; convert it with .float()")
 
 
 def _check_k(op: str, k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{op}: k must be an integer, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"{op}: k must be at least 1, got {k}")
+    _check.count(op, "k", k, (int, torch.SymInt))
 
 
 def _check_lengths(op: str, name: str, lengths: Tensor | None, of: str, x: Tensor) -> Tensor | None:
     if lengths is None:
         return None
-    if lengths.dim() != 1 or lengths.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"{op}: {name} must hold one number per cloud of {of}, shape ({x.shape[0]},), got shape "
-            f"{tuple(lengths.shape)}"
-        )
+    _check.lengths_shape(op, name, lengths.shape, of, x.shape)
     if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"{op}: {name} must be integers, got {lengths.dtype}; convert it with .long()")
     if lengths.device != x.device:

@@ -2,6 +2,8 @@
 // limit.
 #pragma once
 
+#include <pthread.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -65,6 +67,11 @@ class Workspace {
   }
 
  private:
+  // A process that forks while another thread holds the lock would leave it held in the child for ever.
+  Workspace() {
+    pthread_atfork([] { shared().lock(); }, [] { shared().unlock(); }, [] { shared().unlock(); });
+  }
+
   static constexpr int slots = 32;
   static constexpr size_t most_kept = size_t(64) << 20;
   static constexpr size_t granule = 4096;

@@ -40,7 +40,8 @@ class Clouds {
         for (int64_t b = 0; b < here; ++b) prepare_one(b, parallel_);
       } else {
         const Parallel alone(
-            [](int64_t n, int64_t, Parallel::Body body, void* context) { body(context, 0, n); }, 1);
+            [](void*, int, int64_t n, int64_t, Parallel::Body body, void* context) { body(context, 0, n); },
+            1);
         parallel_.ranges(here, 1, [&](int64_t begin, int64_t end) {
           for (int64_t b = begin; b < end; ++b) prepare_one(b, alone);
         });

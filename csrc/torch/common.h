@@ -18,7 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline Parallel torch_pool() {
-  const auto run = [](int64_t n, int64_t grain, Parallel::Body body, void* context) {
+  const auto run = [](void*, int, int64_t n, int64_t grain, Parallel::Body body, void* context) {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return Parallel(run, static_cast<int>(torch::stable::get_num_threads()));

@@ -1,40 +1,11 @@
 // edge_conv and edge_conv_backward: allocate, check the graph, launch.
 #include "crosspoint/edge_conv.h"
 
-#include <atomic>
-#include <stdexcept>
-#include <string>
-
 #include "common.h"
+#include "common/checks.h"
 
 namespace crosspoint::binding {
 namespace {
-
-// Throws for the first entry of idx (batch, n, k) that is neither -1 nor a row of its cloud.
-void check_graph(const int64_t* idx, int64_t batch, int64_t n, int64_t k, const Parallel& parallel) {
-  constexpr int64_t chunk = 4096;
-  const int64_t size = batch * n * k, chunks = (size + chunk - 1) / chunk;
-  std::atomic<int64_t> first{chunks};
-  parallel.ranges(chunks, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      uint64_t wrong = 0;  // its sign: of idx + 1 or of n - 1 - idx
-      for (int64_t i = c * chunk; i < std::min(size, (c + 1) * chunk); ++i)
-        wrong |= (static_cast<uint64_t>(idx[i]) + 1) |
-                 (static_cast<uint64_t>(n - 1) - static_cast<uint64_t>(idx[i]));
-      if (static_cast<int64_t>(wrong) >= 0) continue;
-      int64_t seen = first.load();
-      while (c < seen && !first.compare_exchange_weak(seen, c)) {
-      }
-      return;
-    }
-  });
-  if (first == chunks) return;
-  int64_t i = first * chunk;
-  while (idx[i] >= -1 && idx[i] < n) ++i;
-  throw std::out_of_range("edge_conv: idx[" + std::to_string(i / (n * k)) + ", " + std::to_string(i / k % n) +
-                          ", " + std::to_string(i % k) + "] is " + std::to_string(idx[i]) +
-                          ", but it must be -1 (no edge) or in [0, " + std::to_string(n) + "), a row of x");
-}
 
 template <class T>
 const T* optional_data(const std::optional<Tensor>& x) {
@@ -101,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const auto gamma_dense = optional_dense(gamma, dtype), beta_dense = optional_dense(beta, dtype);
     auto mean_dense = optional_dense(running_mean, dtype), var_dense = optional_dense(running_var, dtype);
     const Parallel parallel = torch_pool();
-    check_graph(data<int64_t>(idx_dense), batch, n, k, parallel);
+    check_graph("edge_conv", data<int64_t>(idx_dense), batch, n, n, k, parallel);
     with_compute_type(dtype, [&](auto zero) {
       using T = decltype(zero);
       EdgeConvForwardArgs<T> args{};

@@ -1,11 +1,8 @@
 // The operators knn_graph and knn on the CPU.
 #include "crosspoint/knn.h"
 
-#include <limits>
-#include <stdexcept>
-#include <string>
-
 #include "common.h"
+#include "common/checks.h"
 
 namespace crosspoint::binding {
 namespace {
@@ -16,12 +13,7 @@ using Lengths = std::optional<Tensor>;
 Lengths checked(const Lengths& lengths, int64_t batch, int64_t most, const char* name) {
   if (!lengths.has_value()) return std::nullopt;
   Tensor values = dense(*lengths, ScalarType::Long);
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = data<int64_t>(values)[b];
-    if (length < 0 || length > most)
-      throw std::out_of_range(std::string(name) + "[" + std::to_string(b) + "] is " + std::to_string(length) +
-                              ": expected a number of points between 0 and " + std::to_string(most));
-  }
+  check_lengths(name, data<int64_t>(values), batch, most);
   return values;
 }
 
@@ -35,9 +27,7 @@ std::tuple<Tensor, Tensor> search(const Tensor& query, const Tensor& points, int
   const ScalarType dtype = compute_dtype(points);
   const Tensor x = dense(query, dtype), y = self == Self::other_set ? dense(points, dtype) : x;
   const int64_t batch = x.size(0), queries = x.size(1), candidates = y.size(1), channels = x.size(2);
-  if (candidates > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("a cloud of " + std::to_string(candidates) +
-                             " points: at most 2^31 - 1 are supported");
+  check_cloud_size(candidates);
   Tensor idx = new_tensor(x, {batch, queries, k}, ScalarType::Long);
   Tensor dist2 = new_tensor(x, {batch, queries, distances ? k : 0}, dtype);
   with_compute_type(dtype, [&](auto zero) {

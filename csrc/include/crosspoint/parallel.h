@@ -10,10 +10,11 @@ namespace crosspoint {
 class Parallel {
  public:
   using Body = void (*)(void* context, int64_t begin, int64_t end);
-  // Calls body over disjoint ranges that cover [0, n), each of at least `grain` items if possible; rethrows what a body throws.
-  using Run = void (*)(int64_t n, int64_t grain, Body body, void* context);
+  // Calls body over disjoint ranges that cover [0, n), n > 0, each of at least `grain` items if possible; rethrows what a
+  // body throws. `pool` and `threads` are the constructor's.
+  using Run = void (*)(void* pool, int threads, int64_t n, int64_t grain, Body body, void* context);
 
-  Parallel(Run run, int threads) : run_(run), threads_(threads) {}
+  Parallel(Run run, int threads, void* pool = nullptr) : run_(run), threads_(threads), pool_(pool) {}
 
   int threads() const { return threads_; }
 
@@ -23,7 +24,8 @@ class Parallel {
     using Callable = std::remove_reference_t<F>;
     if (n <= 0) return;
     run_(
-        n, grain, [](void* context, int64_t begin, int64_t end) { (*static_cast<Callable*>(context))(begin, end); },
+        pool_, threads_, n, grain,
+        [](void* context, int64_t begin, int64_t end) { (*static_cast<Callable*>(context))(begin, end); },
         const_cast<void*>(static_cast<const void*>(&f)));
   }
 
@@ -47,6 +49,7 @@ class Parallel {
  private:
   Run run_;
   int threads_;
+  void* pool_;
 };
 
 }  // namespace crosspoint
