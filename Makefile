@@ -7,7 +7,7 @@ OUT ?= runs/demo
 # The part of the operators' battery that compares values.
 VALUES := matches_reference and (float32 or float64) or repeatable
 
-.PHONY: help install build demo test variants sanitize wheel oldest-torch lint clean
+.PHONY: help install build demo test variants sanitize wheel oldest-torch docs lint clean
 
 help:
 	@echo "make demo   install, build, then generate shapes, pre-train, evaluate and report under $(OUT)"
@@ -15,6 +15,7 @@ help:
 	@echo "make variants, make sanitize, make wheel, make oldest-torch"
 	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel, under"
 	@echo "            the oldest torch supported (a download of 530 MB)"
+	@echo "make docs   build the documentation site into build/site"
 	@echo "make lint   check style"
 	@echo "make clean  remove what was built"
 
@@ -54,6 +55,10 @@ wheel: install
 # The library built here, loaded under the oldest torch; and the CUDA route, built against that torch.
 oldest-torch: build
 	scripts/check_oldest_torch.sh $(PYTHON)
+
+# Warnings (broken links, names that resolve to nothing) are errors.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: install
 	$(BIN)/ruff check .

@@ -174,15 +174,6 @@ def test_there_is_one_version():
     assert citation.group(1) == crosspoint.__version__
 
 
-@pytest.mark.parametrize("page", ["README.md"])
-def test_code_in_the_documentation_runs(page):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("value", ["avx2", "baseline"])
 def test_a_lower_instruction_set_can_be_forced(value):
     code = "from crosspoint.ops import _library; print(_library.cpu_variant())"
