@@ -32,10 +32,9 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops._checks import FLOATS, check_norm
 
 __all__ = ["edge_conv"]
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def edge_conv(
@@ -132,7 +131,7 @@ def _check(
 ) -> None:
     if x.dim() != 3:
         raise ValueError(f"edge_conv: x must be (B, N, C_in), got shape {tuple(x.shape)}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"edge_conv: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
     if idx.dtype != torch.int64:
         raise TypeError(f"edge_conv: idx must be int64, got {idx.dtype}; use idx.long()")
@@ -146,57 +145,20 @@ def _check(
             f"edge_conv: weight must be (C_out, 2 C_in) = (C_out, {2 * x.shape[2]}), got shape "
             f"{tuple(weight.shape)}; of a 1x1 Conv2d, pass conv.weight.flatten(1)"
         )
-    for (first, one), (second, other) in (
-        (("gamma", gamma), ("beta", beta)),
-        (("running_mean", running_mean), ("running_var", running_var)),
-    ):
-        if (one is None) != (other is None):
-            given, missing = (second, first) if one is None else (first, second)
-            raise ValueError(
-                f"edge_conv: {first} and {second} go together: got {given} but {missing} is None"
-            )
-    tensors = {
-        "weight": weight,
-        "gamma": gamma,
-        "beta": beta,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if name != "weight" and tensor.shape != weight.shape[:1]:
-            raise ValueError(
-                f"edge_conv: {name} must be (C_out,) = ({weight.shape[0]},), got shape {tuple(tensor.shape)}"
-            )
-        if tensor.dtype not in _FLOATS or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
-            raise TypeError(
-                f"edge_conv: {name} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or "
-                "none of them (float32, float16 and bfloat16 mix)"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"edge_conv: {name} is on {tensor.device}, but x is on {x.device}")
     if idx.device != x.device:
         raise ValueError(f"edge_conv: idx is on {idx.device}, but x is on {x.device}")
-    if not negative_slope >= 0:
-        raise ValueError(
-            f"edge_conv: negative_slope must be >= 0, got {negative_slope}; the maximum is taken before the "
-            "activation, which must not decrease"
-        )
-    if gamma is None:
-        return
-    if training:
-        batch, n, k = idx.shape
-        if batch * n * k == 1:
-            raise ValueError(
-                "edge_conv: expected more than 1 value per channel when training, got B = N = k = 1; "
-                "use training=False, which takes the running statistics"
-            )
-    elif running_mean is None:
-        raise RuntimeError(
-            "edge_conv: running_mean and running_var must be given in evaluation mode; pass them, or "
-            "training=True to use the statistics of this batch"
-        )
+    check_norm(
+        "edge_conv",
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        training=training,
+        values=idx.numel(),
+        negative_slope=negative_slope,
+    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

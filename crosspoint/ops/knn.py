@@ -34,6 +34,7 @@ from torch import Tensor
 
 from crosspoint import _check
 from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops._checks import check_lengths
 
 __all__ = ["knn", "knn_graph"]
 
@@ -61,7 +62,7 @@ def knn_graph(
     """
     _check_points("knn_graph", "x", x)
     _check_k("knn_graph", k)
-    lengths = _check_lengths("knn_graph", "lengths", lengths, "x", x)
+    lengths = check_lengths("knn_graph", "lengths", lengths, "x", x)
     if _dispatch.choose("knn_graph", impl, x.device) == "reference":
         return reference.knn_graph(x.detach(), k, lengths=lengths, include_self=include_self)
     return torch.ops.crosspoint.knn_graph(x.detach(), k, lengths, include_self)
@@ -104,8 +105,8 @@ def knn(
             "convert one of them"
         )
     _check_k("knn", k)
-    lengths_query = _check_lengths("knn", "lengths_query", lengths_query, "query", query)
-    lengths_points = _check_lengths("knn", "lengths_points", lengths_points, "points", points)
+    lengths_query = check_lengths("knn", "lengths_query", lengths_query, "query", query)
+    lengths_points = check_lengths("knn", "lengths_points", lengths_points, "points", points)
     if query.dtype != torch.float64:
         query, points = query.float(), points.float()
     if points is query:
@@ -124,19 +125,6 @@ def _check_points(op: str, name: str, x: Tensor) -> None:
 
 def _check_k(op: str, k: int) -> None:
     _check.count(op, "k", k, (int, torch.SymInt))
-
-
-def _check_lengths(op: str, name: str, lengths: Tensor | None, of: str, x: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    _check.lengths_shape(op, name, lengths.shape, of, x.shape)
-    if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
-        raise ValueError(f"{op}: {name} must be integers, got {lengths.dtype}; convert it with .long()")
-    if lengths.device != x.device:
-        raise ValueError(
-            f"{op}: {name} is on {lengths.device}, {of} on {x.device}; move it with .to({of}.device)"
-        )
-    return lengths.long()
 
 
 def _knn_graph_fake(x: Tensor, k: int, lengths: Tensor | None, include_self: bool) -> Tensor:

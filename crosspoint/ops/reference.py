@@ -122,19 +122,7 @@ def edge_conv(
     h = torch.where(valid, edges, 0) @ weight.t()  # (B, N, k, C_out)
 
     if gamma is not None and beta is not None:
-        if training:
-            count = valid.sum().to(h.dtype)
-            mean = torch.where(valid, h, 0).sum((0, 1, 2)) / count.clamp_min(1)
-            var = torch.where(valid, h - mean, 0).square().sum((0, 1, 2)) / count.clamp_min(1)
-            if running_mean is not None and running_var is not None:
-                with torch.no_grad():
-                    step = momentum * (count > 0).to(count.dtype)
-                    unbiased = var * (count / (count - 1).clamp_min(1))
-                    running_mean.add_(step * (mean - running_mean))
-                    running_var.add_(step * (unbiased - running_var))
-        else:
-            mean, var = _widen(running_mean), _widen(running_var)
-        h = (h - mean) * torch.rsqrt(var + eps) * _widen(gamma) + _widen(beta)
+        h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
     h = F.leaky_relu(h, negative_slope)
 
     # The first slot that holds the maximum (a NaN is one), among the edges that exist.
@@ -144,6 +132,70 @@ def edge_conv(
     slot = slots.masked_fill(~(largest & valid), k).amin(2, keepdim=True).clamp_max(k - 1)
     out = h.gather(2, slot).squeeze(2)
     return torch.where(valid.any(2), out, 0).to(dtype)
+
+
+def _batch_norm(
+    h: Tensor,
+    valid: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch norm of h (..., C) over the entries that are valid (..., 1); updates the running statistics."""
+    if training:
+        dims = tuple(range(h.dim() - 1))
+        count = valid.sum().to(h.dtype)
+        mean = torch.where(valid, h, 0).sum(dims) / count.clamp_min(1)
+        var = torch.where(valid, h - mean, 0).square().sum(dims) / count.clamp_min(1)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                step = momentum * (count > 0).to(count.dtype)
+                unbiased = var * (count / (count - 1).clamp_min(1))
+                running_mean.add_(step * (mean - running_mean))
+                running_var.add_(step * (unbiased - running_var))
+    else:
+        mean, var = _widen(running_mean), _widen(running_var)
+    return (h - mean) * torch.rsqrt(var + eps) * _widen(gamma) + _widen(beta)
+
+
+def conv_bn_act_pool(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    dtype = x.dtype
+    x, weight = _widen(x), _widen(weight)
+    batch, n, _ = x.shape
+    if x.numel() == 0:
+        zero = x.sum() + weight.sum() + _widen(gamma).sum() + _widen(beta).sum()
+        return zero.mul(0).to(dtype).expand(batch, 2 * weight.shape[0]).clone()
+    if lengths is None:
+        lengths = torch.full((batch,), n, device=x.device)
+    valid = (torch.arange(n, device=x.device) < lengths[:, None])[..., None]  # (B, N, 1)
+    h = torch.where(valid, x, 0) @ weight.t()  # (B, N, C_out)
+    h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+    h = F.leaky_relu(h, negative_slope)
+    mean = torch.where(valid, h, 0).sum(1) / lengths[:, None].clamp_min(1)
+    # The first row that holds the maximum (a NaN is one).
+    h = h.masked_fill(~valid, -torch.inf)
+    largest = (h == h.amax(1, keepdim=True)) | h.isnan()
+    rows = torch.arange(n, device=x.device)[:, None].expand_as(h)
+    row = rows.masked_fill(~(largest & valid), n).amin(1, keepdim=True).clamp_max(n - 1)
+    largest = torch.where(lengths[:, None] > 0, h.gather(1, row).squeeze(1), 0)
+    return torch.cat([largest, mean], 1).to(dtype)
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1) -> Tensor:

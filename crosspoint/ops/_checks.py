@@ -1,0 +1,87 @@
+"""Checks of tensors that several operators share; those that arrays share too are in crosspoint._check."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosspoint import _check
+
+__all__ = ["FLOATS", "check_lengths", "check_norm"]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_lengths(op: str, name: str, lengths: Tensor | None, of: str, x: Tensor) -> Tensor | None:
+    """`lengths` as int64: one number per cloud of `x` (B, ...), which the caller names `of`."""
+    if lengths is None:
+        return None
+    _check.lengths_shape(op, name, lengths.shape, of, x.shape)
+    if lengths.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"{op}: {name} must be integers, got {lengths.dtype}; convert it with .long()")
+    if lengths.device != x.device:
+        raise ValueError(
+            f"{op}: {name} is on {lengths.device}, {of} on {x.device}; move it with .to({of}.device)"
+        )
+    return lengths.long()
+
+
+def check_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    values: int,
+    negative_slope: float,
+) -> None:
+    """The weight (C_out, ...), norm and activation that follow a product with x; `values`: what a channel has."""
+    for (first, one), (second, other) in (
+        (("gamma", gamma), ("beta", beta)),
+        (("running_mean", running_mean), ("running_var", running_var)),
+    ):
+        if (one is None) != (other is None):
+            given, missing = (second, first) if one is None else (first, second)
+            raise ValueError(f"{op}: {first} and {second} go together: got {given} but {missing} is None")
+    tensors = {
+        "weight": weight,
+        "gamma": gamma,
+        "beta": beta,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if name != "weight" and tensor.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: {name} must be (C_out,) = ({weight.shape[0]},), got shape {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in FLOATS or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or "
+                "none of them (float32, float16 and bfloat16 mix)"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, but x is on {x.device}")
+    if not negative_slope >= 0:
+        raise ValueError(
+            f"{op}: negative_slope must be >= 0, got {negative_slope}; the maximum is taken before the "
+            "activation, which must not decrease"
+        )
+    if gamma is None:
+        return
+    if training and values == 1:
+        raise ValueError(
+            f"{op}: expected more than 1 value per channel when training, got one in all; "
+            "use training=False, which takes the running statistics"
+        )
+    if not training and running_mean is None:
+        raise RuntimeError(
+            f"{op}: running_mean and running_var must be given in evaluation mode; pass them, or "
+            "training=True to use the statistics of this batch"
+        )
