@@ -2,6 +2,7 @@
 
 | their call | here |
 |---|---|
+| `torch_geometric.nn.knn_graph`, `knn`, `EdgeConv`, `DynamicEdgeConv` | `crosspoint.interop.pyg` |
 | `pytorch3d.ops.knn_points`, `knn_gather` | `crosspoint.interop.pytorch3d` |
 | `pointops.knn_query` (Pointcept) | `crosspoint.interop.pointcept` |
 | `lightly.loss.NTXentLoss` | `crosspoint.interop.lightly` |
