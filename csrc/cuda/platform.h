@@ -28,7 +28,7 @@ __host__ __device__ constexpr size_t shared_bytes(size_t count, size_t align = 1
 
 #define CROSSPOINT_SHARED(name, ...)        \
   static const char name##_simt_key_ = 0; \
-  auto& name = simt::shared_variable<crosspoint::cuda::identity<__VA_ARGS__>::type>(&name##_simt_key_)
+  auto& name = simt::shared_variable<typename crosspoint::cuda::identity<__VA_ARGS__>::type>(&name##_simt_key_, #name)
 
 using SharedArena = simt::SharedArena;
 

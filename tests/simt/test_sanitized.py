@@ -1,0 +1,22 @@
+"""Correct kernels once more, built with the address and undefined-behaviour sanitizers, in a process of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simt_harness import sanitizer_environment
+
+
+@pytest.mark.parametrize("tests", ["test_samples.py"])
+def test_under_the_sanitizers(tests):
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", Path(__file__).with_name(tests)],
+        cwd=Path(__file__).parents[2],
+        env=sanitizer_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-5000:]
