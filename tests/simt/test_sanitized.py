@@ -11,8 +11,9 @@ from simt_harness import sanitizer_environment
 
 @pytest.mark.parametrize("tests", ["test_samples.py"])
 def test_under_the_sanitizers(tests):
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", Path(__file__).with_name(tests)],
+        [*pytest_here, Path(__file__).with_name(tests)],
         cwd=Path(__file__).parents[2],
         env=sanitizer_environment(),
         capture_output=True,
