@@ -1,0 +1,75 @@
+// The operators knn_graph and knn on CUDA tensors.
+#include "crosspoint/cuda/knn.h"
+
+#include <limits>
+
+#include "common.h"
+
+namespace crosspoint::binding {
+namespace {
+
+using Lengths = std::optional<Tensor>;
+
+// lengths as contiguous int64; the kernels clamp what is out of [0, most].
+Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
+  if (!lengths.has_value()) return std::nullopt;
+  Tensor values = dense(*lengths, ScalarType::Long);
+  if (values_are_checked()) {
+    const Tensor host = on_cpu(values);
+    for (int64_t b = 0; b < host.size(0); ++b) {
+      const int64_t length = data<int64_t>(host)[b];
+      if (length < 0 || length > most)
+        throw std::out_of_range(std::string(name) + "[" + std::to_string(b) + "] is " + std::to_string(length) +
+                                ": expected a number of points between 0 and " + std::to_string(most));
+    }
+  }
+  return values;
+}
+
+const int64_t* pointer(const Lengths& lengths) {
+  return lengths.has_value() ? data<int64_t>(*lengths) : nullptr;
+}
+
+std::tuple<Tensor, Tensor> search(const char* op, const Tensor& query, const Tensor& points, int64_t k,
+                                  const Lengths& lengths_query, const Lengths& lengths_points, Self self,
+                                  bool distances) {
+  const OnDeviceOf device(query);
+  const ScalarType dtype = compute_dtype(points);
+  const Tensor x = dense(query, dtype), y = self == Self::other_set ? dense(points, dtype) : x;
+  const int64_t batch = x.size(0), queries = x.size(1), candidates = y.size(1), channels = x.size(2);
+  if (candidates > std::numeric_limits<int32_t>::max())
+    throw std::runtime_error("a cloud of " + std::to_string(candidates) + " points: at most 2^31 - 1 are supported");
+  Tensor idx = new_tensor(x, {batch, queries, k}, ScalarType::Long);
+  Tensor dist2 = new_tensor(x, {batch, queries, distances ? k : 0}, dtype);
+  with_compute_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const KnnArgs<T> args{data<T>(x), data<T>(y), pointer(lengths_query), pointer(lengths_points), batch, queries,
+                          candidates, channels, k, self, mutable_data<int64_t>(idx),
+                          distances ? mutable_data<T>(dist2) : nullptr};
+    Tensor space = workspace(x, cuda::knn_workspace(args));
+    throw_if_failed(cuda::knn(args, space.mutable_data_ptr(), device.stream()), op);
+  });
+  return {idx, dist2};
+}
+
+Tensor knn_graph(const Tensor& x, int64_t k, const Lengths& lengths, bool include_self) {
+  const Lengths valid = prepared(lengths, x.size(1), "lengths");
+  return std::get<0>(search("knn_graph", x, x, k, valid, valid, include_self ? Self::first : Self::left_out,
+                            /*distances=*/false));
+}
+
+std::tuple<Tensor, Tensor> knn_two_sets(const Tensor& query, const Tensor& points, int64_t k,
+                                        const Lengths& lengths_query, const Lengths& lengths_points) {
+  auto [idx, dist2] = search("knn", query, points, k, prepared(lengths_query, query.size(1), "lengths_query"),
+                             prepared(lengths_points, points.size(1), "lengths_points"), Self::other_set,
+                             /*distances=*/true);
+  return {dist2, idx};
+}
+
+}  // namespace
+}  // namespace crosspoint::binding
+
+STABLE_TORCH_LIBRARY_IMPL(crosspoint, CUDA, m) {
+  m.impl("knn_graph", TORCH_BOX(&crosspoint::binding::knn_graph));
+  m.impl("knn", TORCH_BOX(&crosspoint::binding::knn_two_sets));
+}
