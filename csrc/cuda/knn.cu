@@ -1,6 +1,7 @@
 // k nearest neighbours: which search runs.
 #include "crosspoint/cuda/knn.h"
 
+#include "cuda/knn_cloud.h"
 #include "cuda/knn_general.h"
 
 namespace crosspoint::cuda {
@@ -19,18 +20,32 @@ cudaError_t search_general(const KnnArgs<T>& a, cudaStream_t stream) {
                 Search<T>{a}, per_cloud, blocks);
 }
 
-template <class T>
-KnnPath chosen(const KnnArgs<T>& a, KnnPath path) {
-  if (path != KnnPath::automatic) return path;
-  return KnnPath::general;
+int64_t cloud_stride(const KnnArgs<float>& a) { return (a.candidates + kCloudPad - 1) / kCloudPad * kCloudPad; }
+int64_t cloud_depth(const KnnArgs<float>& a) { return a.channels <= 3 ? 3 : 8; }
+
+bool cloud_supports(const KnnArgs<float>& a) {
+  return a.channels >= 1 && a.channels <= 8 && a.k <= kMostListed && a.candidates <= kMostCloudBytes &&
+         cloud_depth(a) * cloud_stride(a) * int64_t(sizeof(float)) <= kMostCloudBytes;
 }
 
-template <class T>
-cudaError_t run(const KnnArgs<T>& a, void* workspace, cudaStream_t stream, KnnPath path) {
-  path = chosen(a, path);
-  if (!knn_supports(a, path)) return cudaErrorInvalidValue;
-  if (a.batch * a.queries * a.k == 0) return cudaSuccess;
-  return search_general(a, stream);
+template <int C, bool kept>
+cudaError_t launch_cloud(const KnnArgs<float>& a, cudaStream_t stream) {
+  const int64_t per_cloud = (a.queries + kCloudBlockQueries - 1) / kCloudBlockQueries, blocks = a.batch * per_cloud;
+  const int stride = static_cast<int>(cloud_stride(a)), room = a.k < 44 ? 128 : kListRoom;
+  return launch(knn_cloud<C, kept>, grid_of(blocks), dim3(kCloudWarps * kWarp),
+                cloud_shared<C>(stride, kept ? kKeptQueries : kStreamedQueries, room), stream, Search<float>{a},
+                stride, room, per_cloud, blocks);
+}
+
+cudaError_t search_cloud(const KnnArgs<float>& a, cudaStream_t stream) {
+  if (cloud_depth(a) == 3)
+    return a.candidates <= kChunk ? launch_cloud<3, true>(a, stream) : launch_cloud<3, false>(a, stream);
+  return a.candidates <= kChunk ? launch_cloud<8, true>(a, stream) : launch_cloud<8, false>(a, stream);
+}
+
+KnnPath chosen(const KnnArgs<float>& a, KnnPath path) {
+  if (path != KnnPath::automatic) return path;
+  return cloud_supports(a) ? KnnPath::cloud : KnnPath::general;
 }
 
 }  // namespace
@@ -43,18 +58,28 @@ bool knn_supports(const KnnArgs<float>& a, KnnPath path) {
   switch (path) {
     case KnnPath::automatic:
     case KnnPath::general: return true;
+    case KnnPath::cloud: return cloud_supports(a);
     default: return false;
   }
 }
 
-size_t knn_workspace(const KnnArgs<float>& a, KnnPath path) { return 0; }
+size_t knn_workspace(const KnnArgs<float>&, KnnPath) { return 0; }
 size_t knn_workspace(const KnnArgs<double>&, KnnPath) { return 0; }
 
-cudaError_t knn(const KnnArgs<float>& a, void* workspace, cudaStream_t stream, KnnPath path) {
-  return run(a, workspace, stream, path);
+cudaError_t knn(const KnnArgs<float>& a, void*, cudaStream_t stream, KnnPath path) {
+  path = chosen(a, path);
+  if (!knn_supports(a, path)) return cudaErrorInvalidValue;
+  if (a.batch * a.queries * a.k == 0) return cudaSuccess;
+  switch (path) {
+    case KnnPath::cloud: return search_cloud(a, stream);
+    default: return search_general(a, stream);
+  }
 }
-cudaError_t knn(const KnnArgs<double>& a, void* workspace, cudaStream_t stream, KnnPath path) {
-  return run(a, workspace, stream, path);
+
+cudaError_t knn(const KnnArgs<double>& a, void*, cudaStream_t stream, KnnPath path) {
+  if (!knn_supports(a, path)) return cudaErrorInvalidValue;
+  if (a.batch * a.queries * a.k == 0) return cudaSuccess;
+  return search_general(a, stream);
 }
 
 }  // namespace crosspoint::cuda

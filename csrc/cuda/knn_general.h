@@ -21,7 +21,7 @@ size_t general_shared() {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGeneralWarps* kWarp) knn_general(Search<T> search, int64_t blocks_per_cloud,
+__global__ void __launch_bounds__(kGeneralWarps* kWarp, 3) knn_general(Search<T> search, int64_t blocks_per_cloud,
                                                                     int64_t blocks) {
   using Key = NeighbourKey<T>;
   constexpr int own = kGeneralOwn;

@@ -1,0 +1,267 @@
+// Up to 8 channels and clouds that fit shared memory. A warp takes some queries at a time. Its lanes split the
+// cloud into groups; the n-th smallest of the groups' minima bounds the n-th distance, about 1.5 n points are
+// within it, and these alone are ranked. Where they do not fit the list (duplicates), the warp goes through the
+// cloud in order of index instead.
+#pragma once
+
+#include "cuda/knn_list.h"
+
+namespace crosspoint::cuda {
+
+inline constexpr int kCloudWarps = 4;
+inline constexpr int kChunk = 1024;        // points that a warp goes through at a time: 32 of each lane
+inline constexpr int kKeptQueries = 2;     // queries at a time where the distances stay in registers: one chunk
+inline constexpr int kStreamedQueries = 4;  // where they are computed twice
+inline constexpr int kCloudBlockQueries = 16;
+inline constexpr int kCloudPad = 256;  // the cloud is padded to as many points
+inline constexpr int64_t kMostCloudBytes = 96 << 10;
+
+// Groups whose n-th smallest minimum bounds the n-th distance well; n <= 0.69 of them, or 0.5 of the most.
+__host__ __device__ constexpr int groups_for(int n) { return n <= 22 ? 32 : n <= 44 ? 64 : n <= 88 ? 128 : 256; }
+
+// The n-th smallest of 32 values, one in each lane.
+__device__ __forceinline__ float nth_of_warp(float value, int n) {
+#pragma unroll
+  for (int run = 2; run <= kWarp; run *= 2)
+#pragma unroll
+    for (int stride = run / 2; stride > 0; stride /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, value, stride);
+      const bool least = ((lane_id() & stride) == 0) == ((lane_id() & run) == 0);
+      value = least ? fminf(value, other) : fmaxf(value, other);
+    }
+  return __shfl_sync(kAllLanes, value, n - 1);
+}
+
+// The n-th smallest of groups' minima, 8 in each lane of which groups_for(n) / 32 are told apart; `space` has room
+// for as many keys as groups.
+__device__ __forceinline__ float nth_of_groups(float (&minima)[8], int n, NeighbourKey<float>* space) {
+  const int groups = groups_for(n);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (groups <= 128) minima[i] = fminf(minima[i], minima[i + 4]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (groups <= 64) minima[i] = fminf(minima[i], minima[i + 2]);
+  if (groups <= 32) return nth_of_warp(fminf(minima[0], minima[1]), n);
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i * kWarp < groups) space[i * kWarp + lane_id()] = NeighbourKey<float>::of(minima[i], 0);
+  __syncwarp();
+  sort_keys(space, groups);
+  const float nth = space[n - 1].distance();
+  __syncwarp();
+  return nth;
+}
+
+// Sum of `value` over the lanes before this one, and over all of them.
+__device__ __forceinline__ int sum_before(int value, int& total) {
+  int sum = value;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane_id() >= step) sum += other;
+  }
+  total = __shfl_sync(kAllLanes, sum, kWarp - 1);
+  return sum - value;
+}
+
+// Writes the first `wanted` of keys[0, count), at most 64, by counting for each how many precede it.
+__device__ __forceinline__ void write_ranked(const NeighbourKey<float>* keys, int count, int wanted, Row<float> row,
+                                             int64_t at) {
+  using Key = NeighbourKey<float>;
+  const int lane = lane_id();
+  const Key low = lane < count ? keys[lane] : Key::last();
+  const Key high = lane + kWarp < count ? keys[lane + kWarp] : Key::last();
+  int rank_low = 0, rank_high = 0;
+  if (count <= kWarp) {
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) rank_low += keys[j] < low;
+  } else {
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) {
+      const Key key = keys[j];
+      rank_low += key < low;
+      rank_high += key < high;
+    }
+  }
+  if (lane < count && rank_low < wanted) row.write(at + rank_low, low);
+  if (lane + kWarp < count && rank_high < wanted) row.write(at + rank_high, high);
+}
+
+// One cloud in shared memory, (C, stride): NaN after the last point, zeros where the points have fewer channels.
+template <int C>
+struct SharedCloud {
+  const float* values;
+  int stride;
+
+  __device__ __forceinline__ float distance(int j, const float (&query)[C]) const {
+    float sum = 0;
+#pragma unroll
+    for (int c = 0; c < C; ++c) sum = add_square(sum, values[c * stride + j], query[c]);
+    return sum;
+  }
+};
+
+template <int C>
+__device__ __forceinline__ void load_query(const float* from, int channels, float (&query)[C]) {
+#pragma unroll
+  for (int c = 0; c < C; ++c) query[c] = c < channels ? from[c] : 0.f;
+}
+
+// The list of one query by going through the whole cloud; sorted, at most `wanted`.
+template <int C>
+__device__ __forceinline__ int list_in_order(const SharedCloud<C>& cloud, int n, const float (&query)[C], int32_t own,
+                                             int wanted, NeighbourKey<float>* keys, int room) {
+  using Key = NeighbourKey<float>;
+  KeyList<Key> list{keys, 0, Key::last()};
+  for (int begin = 0; begin < n; begin += kWarp) {
+    const int j = begin + lane_id();
+    const bool exists = j < n && j != own;
+    list.offer(exists, Key::of(exists ? comparable(cloud.distance(j, query)) : 0.f, j));
+    if (list.count + kWarp <= room && (list.count < wanted || list.limit < Key::last())) continue;
+    list.settle(wanted);
+    if (list.limit.distance() == 0) return wanted;  // what comes later has a higher index and is no nearer
+  }
+  list.settle(wanted);
+  return list.count;
+}
+
+template <int C>
+size_t cloud_shared(int64_t stride, int queries, int room) {
+  return shared_bytes<float>(C * stride) + shared_bytes<NeighbourKey<float>>(kCloudWarps * queries * room);
+}
+
+// `kept`: clouds of one chunk, whose distances stay in registers between the passes.
+template <int C, bool kept>
+__global__ void __launch_bounds__(kCloudWarps* kWarp, 3) knn_cloud(Search<float> search, int stride, int room,
+                                                                int64_t blocks_per_cloud, int64_t blocks) {
+  using Key = NeighbourKey<float>;
+  constexpr int Q = kept ? kKeptQueries : kStreamedQueries;
+  constexpr int steps = kChunk / kWarp, guarded = kCloudPad / kWarp;  // steps of a chunk; between looks at its end
+  const KnnArgs<float>& a = search.args;
+  const int channels = static_cast<int>(a.channels), lane = lane_id();
+  SharedArena arena;
+  float* values = arena.take<float>(C * stride);
+  Key* keys = arena.take<Key>(kCloudWarps * Q * room) + threadIdx.x / kWarp * Q * room;
+  const SharedCloud<C> cloud{values, stride};
+  const int wanted = static_cast<int>(a.k - search.leading());
+
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t b = block / blocks_per_cloud, first = block % blocks_per_cloud * kCloudBlockQueries;
+    const int64_t all = search.valid_queries(b);
+    const int valid = static_cast<int>(all - first < kCloudBlockQueries ? all - first : kCloudBlockQueries);
+    const int n = valid > 0 && wanted > 0 ? search.valid_points(b) : 0;
+    const int padded = (n + kCloudPad - 1) / kCloudPad * kCloudPad;
+    const float* points = search.points(b);
+    __syncthreads();
+    for (int j = threadIdx.x; j < padded; j += blockDim.x)
+#pragma unroll
+      for (int c = 0; c < C; ++c)
+        values[c * stride + j] = j >= n ? missing<float> : c < channels ? points[int64_t(j) * channels + c] : 0.f;
+    __syncthreads();
+
+    for (int q0 = threadIdx.x / kWarp * Q; n > 0 && q0 < valid; q0 += kCloudWarps * Q) {
+      float query[Q][C], minima[Q][8];
+      float kept_distance[kept ? Q : 1][kept ? steps : 1];
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        load_query(search.query(b, first + (q0 + q < valid ? q0 + q : q0)), channels, query[q]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) minima[q][i] = infinity<float>();
+      }
+      for (int begin = 0; begin < n; begin += kChunk) {
+#pragma unroll(kept ? steps / guarded : 1)
+        for (int i0 = 0; i0 < steps; i0 += guarded) {
+          const bool here = begin + i0 * kWarp < padded;
+#pragma unroll
+          for (int i = 0; i < guarded; ++i)
+#pragma unroll
+            for (int q = 0; q < Q; ++q) {
+              const int j = begin + (i0 + i) * kWarp + lane;
+              const float d = here ? cloud.distance(j, query[q]) : infinity<float>();
+              if constexpr (kept) kept_distance[q][i0 + i] = d;
+              minima[q][i] = fminf(minima[q][i], d);
+            }
+        }
+      }
+
+      // A point counts as its own neighbour in the minima; it is taken out of the words of bits below.
+      const int nth = wanted + (a.self == Self::other_set ? 0 : 1);
+      float beyond[Q];  // the first number after the bound
+      int count[Q];     // of the list; -1: it does not fit
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        const float bound = nth_of_groups(minima[q], nth, keys);
+        beyond[q] = __uint_as_float(__float_as_uint(bound) + 1);
+        count[q] = bound < infinity<float>() ? 0 : -1;
+      }
+      for (int begin = 0; begin < n; begin += kChunk) {
+        uint32_t words[Q] = {};  // bit 31 - i: whether this lane's point i of the chunk is within the bound
+#pragma unroll(kept ? steps / guarded : 1)
+        for (int i0 = 0; i0 < steps; i0 += guarded) {
+          [[maybe_unused]] const bool here = begin + i0 * kWarp < padded;
+#pragma unroll
+          for (int i = 0; i < guarded; ++i)
+#pragma unroll
+            for (int q = 0; q < Q; ++q) {
+              float d = infinity<float>();
+              if constexpr (kept)
+                d = kept_distance[q][i0 + i];
+              else if (here)
+                d = cloud.distance(begin + (i0 + i) * kWarp + lane, query[q]);
+              words[q] = __funnelshift_l(__float_as_uint(d - beyond[q]), words[q], 1);
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          const int own = search.own(first + q0 + q) - begin;
+          if (own >= 0 && own < kChunk && own % kWarp == lane) words[q] &= ~(0x80000000u >> own / kWarp);
+          int total;
+          int place = sum_before(__popc(words[q]), total) + count[q];
+          if (count[q] < 0 || count[q] + total > room) {
+            count[q] = -1;
+            continue;
+          }
+          count[q] += total;
+          for (uint32_t word = words[q]; word != 0; ++place) {
+            const int i = __clz(word), j = begin + i * kWarp + lane;
+            word &= ~(0x80000000u >> i);
+            keys[q * room + place] = Key::of(comparable(cloud.distance(j, query[q])), j);
+          }
+        }
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int q = 0; q < Q && q0 + q < valid; ++q) {
+        int listed = count[0];
+#pragma unroll
+        for (int other = 1; other < Q; ++other) listed = q == other ? count[other] : listed;
+        const int64_t i = first + q0 + q;
+        const Row<float> row = search.row(b, i);
+        Key* list = keys + q * room;
+        if (listed >= wanted && listed <= 2 * kWarp) {
+          write_ranked(list, listed, wanted, row, search.leading());
+          continue;
+        }
+        if (listed >= wanted) {
+          sort_keys(list, listed);
+        } else {
+          float again[C];
+          load_query(search.query(b, i), channels, again);
+          listed = list_in_order(cloud, n, again, search.own(i), wanted, list, room);
+        }
+        for (int place = lane; place < wanted; place += kWarp) {
+          if (place < listed)
+            row.write(search.leading() + place, list[place]);
+          else
+            row.write_missing(search.leading() + place);
+        }
+      }
+      __syncwarp();
+    }
+    search.write_rest(b, first, first + kCloudBlockQueries, n > 0 ? wanted : 0);
+  }
+}
+
+}  // namespace crosspoint::cuda

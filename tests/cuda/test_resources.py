@@ -1,0 +1,170 @@
+"""What nvcc makes of every CUDA source: registers, shared memory, no local-memory stack and no spills.
+
+Local memory is DRAM behind a cache: a list of neighbours that lands there is what makes a k-NN kernel slow. So
+every kernel is in TUNED, where it may use none, or in FALLBACKS with the bytes it uses.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "cuda_resources"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+REGISTERS_OF_AN_SM = 65536
+STATIC_SHARED = 48 << 10  # bytes
+
+# kernel -> (threads of a block, blocks that registers leave room for on a multiprocessor)
+TUNED = {
+    "knn.cu": {
+        "knn_general<float>": (128, 3),
+        "knn_general<double>": (128, 3),
+        "knn_cloud<3, true>": (128, 3),
+        "knn_cloud<3, false>": (128, 4),
+        "knn_cloud<8, true>": (128, 3),
+        "knn_cloud<8, false>": (128, 3),
+    },
+}
+# kernel -> bytes of local memory of a thread
+FALLBACKS: dict[str, dict[str, int]] = {}
+
+NVCC = shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.access(p, os.X_OK)), None)
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no CUDA compiler (nvcc) on PATH or in /usr/local/cuda")
+
+
+class Kernel(NamedTuple):
+    stack: int  # bytes of local memory of a thread
+    spilled: int  # bytes stored
+    registers: int
+    shared: int  # bytes of static shared memory of a block
+
+
+def parse(report: str) -> dict[str, Kernel]:
+    """`ptxas -v` by kernel, its own functions included: name without namespace and parameters -> Kernel."""
+    mangled, stack, spilled, found = None, {}, {}, {}
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            mangled = match[1]
+            stack[mangled] = spilled[mangled] = 0
+        elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
+            stack[mangled] = max(stack[mangled], int(match[1]))
+            spilled[mangled] += int(match[2])
+            if mangled in found:  # of a function that the kernel calls: it comes after the kernel's own
+                found[mangled] = found[mangled]._replace(stack=stack[mangled], spilled=spilled[mangled])
+        elif match := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            cumulative = re.search(r"(\d+) bytes cumulative stack", line)
+            found[mangled] = Kernel(
+                max(stack[mangled], int(cumulative[1]) if cumulative else 0),
+                spilled[mangled],
+                int(match[1]),
+                int(shared[1]) if shared else 0,
+            )
+    command = ["c++filt", *found]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {re.search(r"(\w+(?:<[^()]*>)?)\(", n)[1]: k for n, k in zip(names, found.values(), strict=True)}
+
+
+def flags() -> list[str]:
+    """nvcc's flags in setup.py."""
+    spec = importlib.util.spec_from_file_location("crosspoint_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    return setup.NVCC_FLAGS
+
+
+def compile_kernels(source: Path, architecture: str) -> dict[str, Kernel]:
+    """The kernels of a source; what ptxas says is kept by the content of everything that goes into it."""
+    command = [NVCC, *flags(), f"-arch={architecture}", "-cubin", "-Xptxas=-v", f"-I{CSRC}"]
+    command += [f"-I{CSRC / 'include'}", str(source)]
+    content = hashlib.sha256(" ".join(command).encode())
+    content.update(subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout)
+    headers = [p for p in sorted(CSRC.rglob("*.h")) if not {"cpu", "torch"} & set(p.relative_to(CSRC).parts)]
+    for path in [source, *headers]:
+        content.update(path.read_bytes())
+    kept = CACHE / f"{source.stem}-{architecture}-{content.hexdigest()[:16]}.txt"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        cubin = kept.with_suffix(f".{os.getpid()}.cubin")
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        cubin.unlink()
+        kept.write_text(done.stderr)
+    return parse(kept.read_text())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], dict[str, Kernel]]:
+    pairs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        kernels = pool.map(lambda pair: compile_kernels(*pair), pairs)
+        return {
+            (source.name, architecture): k for (source, architecture), k in zip(pairs, kernels, strict=True)
+        }
+
+
+def test_every_source_and_kernel_is_in_the_tables(compiled):
+    assert {source.name for source in SOURCES} == TUNED.keys() | FALLBACKS.keys()
+    for (source, architecture), kernels in compiled.items():
+        tabled = TUNED.get(source, {}).keys() | FALLBACKS.get(source, {}).keys()
+        assert kernels, f"{source} has no kernel for {architecture}"
+        assert kernels.keys() == tabled, f"{source} for {architecture}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", TUNED)
+def test_tuned_kernels_use_no_local_memory(compiled, source, architecture):
+    for name in TUNED[source]:
+        kernel = compiled[source, architecture][name]
+        assert (kernel.stack, kernel.spilled) == (0, 0), f"{name}: {kernel}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", TUNED)
+def test_registers_and_shared_memory_leave_room(compiled, source, architecture):
+    for name, (threads, blocks) in TUNED[source].items():
+        kernel = compiled[source, architecture][name]
+        rounded = -(-kernel.registers // 8) * 8  # registers are handed out by eights
+        assert rounded * threads * blocks <= REGISTERS_OF_AN_SM, f"{name}: {kernel}"
+        assert kernel.shared <= STATIC_SHARED, f"{name}: {kernel}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fallbacks_use_the_local_memory_that_is_listed(compiled, architecture):
+    for source, kernels in FALLBACKS.items():
+        for name, stack in kernels.items():
+            assert 0 < compiled[source, architecture][name].stack <= stack
+
+
+def test_local_memory_is_seen(tmp_path):
+    """A list with a running index lies in local memory: the report must say so."""
+    source = tmp_path / "local.cu"
+    source.write_text("""
+__global__ void lists(const float* x, const int* place, float* out, int n) {
+  float list[64];
+  for (int i = 0; i < 64; ++i) list[i] = 0;
+  for (int i = 0; i < n; ++i) list[place[i]] += x[i];
+  for (int i = 0; i < n; ++i) out[i] = list[place[n - i]];
+}
+__device__ __noinline__ float called(const int* place, int n) {
+  float list[32];
+  for (int i = 0; i < 32; ++i) list[i] = i;
+  for (int i = 0; i < n; ++i) list[place[i]] += 1;
+  return list[place[n]];
+}
+__global__ void calls(const int* place, float* out, int n) { out[0] = called(place, n) + called(place + 1, n); }
+""")
+    kernels = compile_kernels(source, "sm_90")
+    assert kernels.keys() == {"lists", "calls"}
+    assert kernels["lists"].stack >= 256
+    assert kernels["calls"].stack >= 128
