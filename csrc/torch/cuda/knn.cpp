@@ -1,9 +1,8 @@
 // The operators knn_graph and knn on CUDA tensors.
 #include "crosspoint/cuda/knn.h"
 
-#include <limits>
-
 #include "common.h"
+#include "common/checks.h"
 
 namespace crosspoint::binding {
 namespace {
@@ -16,12 +15,7 @@ Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
   Tensor values = dense(*lengths, ScalarType::Long);
   if (values_are_checked()) {
     const Tensor host = on_cpu(values);
-    for (int64_t b = 0; b < host.size(0); ++b) {
-      const int64_t length = data<int64_t>(host)[b];
-      if (length < 0 || length > most)
-        throw std::out_of_range(std::string(name) + "[" + std::to_string(b) + "] is " + std::to_string(length) +
-                                ": expected a number of points between 0 and " + std::to_string(most));
-    }
+    check_lengths(name, data<int64_t>(host), host.size(0), most);
   }
   return values;
 }
@@ -37,8 +31,7 @@ std::tuple<Tensor, Tensor> search(const char* op, const Tensor& query, const Ten
   const ScalarType dtype = compute_dtype(points);
   const Tensor x = dense(query, dtype), y = self == Self::other_set ? dense(points, dtype) : x;
   const int64_t batch = x.size(0), queries = x.size(1), candidates = y.size(1), channels = x.size(2);
-  if (candidates > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("a cloud of " + std::to_string(candidates) + " points: at most 2^31 - 1 are supported");
+  check_cloud_size(candidates);
   Tensor idx = new_tensor(x, {batch, queries, k}, ScalarType::Long);
   Tensor dist2 = new_tensor(x, {batch, queries, distances ? k : 0}, dtype);
   with_compute_type(dtype, [&](auto zero) {
