@@ -1,7 +1,6 @@
 """The documentation: its code runs, its commands exist, its errors and tolerances are the real ones."""
 
 import importlib
-import importlib.util
 import os
 import re
 import shlex
@@ -256,18 +255,10 @@ def test_quoted_error_is_the_real_one(cause, quoted, tmp_path):
 # ---- the site
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "docs_hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_links_of_moved_pages_lead_to_the_site(hooks):
+def test_links_of_moved_pages_lead_to_the_site(docs_hooks):
     text = "[a](docs/design.md) ![b](docs/images/b.jpg) [c](CONTRIBUTING.md) [d](https://example.org/docs/x)"
     expected = "[a](design.md) ![b](images/b.jpg) [c](contributing.md) [d](https://example.org/docs/x)"
-    assert hooks.for_site(text) == expected
+    assert docs_hooks.for_site(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -282,5 +273,5 @@ def test_links_of_moved_pages_lead_to_the_site(hooks):
         ('<a href="https://example.org">', False),
     ],
 )
-def test_pages_that_need_the_network_are_found(hooks, tag, remote):
-    assert bool(hooks.fetched_from_network(f"<p>text {tag} more</p>")) == remote
+def test_pages_that_need_the_network_are_found(docs_hooks, tag, remote):
+    assert bool(docs_hooks.fetched_from_network(f"<p>text {tag} more</p>")) == remote
