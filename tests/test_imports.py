@@ -103,7 +103,7 @@ def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
 def test_importing_everything_is_silent_and_light():
     code = """
 import importlib, sys
-interop = ["lightly", "pointcept", "pyg", "pytorch3d", "pytorch_metric_learning"]
+interop = ["dgcnn", "lightly", "pointcept", "pyg", "pytorch3d", "pytorch_metric_learning"]
 interop = [f"interop.{name}" for name in interop]
 for name in ("ops", "nn", "models", "data", "train", "evaluate", "testing", "cli", "kernels", *interop):
     importlib.import_module("crosspoint." + name)
