@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def register(op: str, *operators: str, limits: dict[str, Callable[..., str | Non
     for device in _DEVICES:
         _table[op, device] = {
             "native": _why_not_native(operators, device),
-            "triton": _why_not_triton(op),
+            "triton": _why_not_triton(op, operators, device),
             "reference": None,
         }
     for backend, limit in (limits or {}).items():
@@ -66,8 +67,17 @@ def _why_not_native(operators: tuple[str, ...], device: str) -> str | None:
     return f"this build has no {device.upper()} kernels; use impl='reference' there"
 
 
-def _why_not_triton(op: str) -> str | None:
-    return f"{op} has no Triton kernel in this version"
+def _why_not_triton(op: str, operators: tuple[str, ...], device: str) -> str | None:
+    names = [f"{name}_triton" for name in operators]
+    if not all(_library.has_kernel(name, "cuda") for name in names):
+        return f"{op} has no Triton kernel in this version"
+    if not all(_library.has_kernel(name, device) for name in names):
+        return "Triton runs on CUDA tensors; on the CPU it only interprets, for tests (TRITON_INTERPRET=1)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'triton>=3.6'"
+    if device == "cuda" and torch.version.cuda is None:
+        return "this torch was built without CUDA; pytorch.org lists the builds that have it"
+    return None
 
 
 def choose(op: str, impl: str, device: torch.device, **traits: object) -> str:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["LIBRARY_PATH", "build_info", "cpu_variant", "define", "has_kernel", "load_error"]
+__all__ = [
+    "LIBRARY_PATH",
+    "build_info",
+    "cpu_variant",
+    "define",
+    "has_kernel",
+    "implement_triton",
+    "load_error",
+]
 
 # CROSSPOINT_LIBRARY names another build of the same kernels, such as one with sanitizers.
 LIBRARY_PATH = Path(os.environ.get("CROSSPOINT_LIBRARY") or Path(__file__).parent / "libcrosspoint_ops.so")
@@ -23,8 +31,17 @@ def define(schema: str, fake: Callable) -> None:
     torch.library.register_fake(f"crosspoint::{name}", fake, lib=_namespace)
 
 
+def implement_triton(name: str, run: Callable) -> None:
+    """Let `run` implement operator `name` on CUDA tensors; on the CPU too where Triton interprets its kernels."""
+    _namespace.impl(name, run, "CUDA")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _namespace.impl(name, run, "CPU")
+
+
 def has_kernel(name: str, device_type: str) -> bool:
     """Whether operator `name` has a kernel for devices of this type."""
+    if not hasattr(torch.ops.crosspoint, name):
+        return False
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"crosspoint::{name}", key)
 

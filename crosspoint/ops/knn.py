@@ -50,7 +50,7 @@ def knn_graph(
         lengths: valid points of each cloud, (B,), integers in [0, N]; all of them by default.
         include_self: True puts the point itself first, then the nearest others; False leaves it out. Either
             way the point is known by its index, so that its duplicates are ordinary neighbours.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         idx, (B, N, k) int64, ordered by (squared distance, index); -1 where there is no such neighbour and in
@@ -63,8 +63,11 @@ def knn_graph(
     _check_points("knn_graph", "x", x)
     _check_k("knn_graph", k)
     lengths = check_lengths("knn_graph", "lengths", lengths, "x", x)
-    if _dispatch.choose("knn_graph", impl, x.device) == "reference":
+    backend = _dispatch.choose("knn_graph", impl, x.device)
+    if backend == "reference":
         return reference.knn_graph(x.detach(), k, lengths=lengths, include_self=include_self)
+    if backend == "triton":
+        return torch.ops.crosspoint.knn_graph_triton(x.detach(), k, lengths, include_self)
     return torch.ops.crosspoint.knn_graph(x.detach(), k, lengths, include_self)
 
 
@@ -85,7 +88,7 @@ def knn(
         k: neighbours per query, at least 1; it may exceed N.
         lengths_query, lengths_points: valid rows of each cloud, (B,), integers in [0, M] and [0, N]; all of
             them by default.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         dist2, (B, M, k), ascending; float64 for float64 input, else float32. +inf where there is no such
@@ -112,9 +115,10 @@ def knn(
     if points is query:
         points = query.view_as(query)  # torch.compile traces no Function that is given one tensor twice
     with torch.autocast(query.device.type, enabled=False):
-        if _dispatch.choose("knn", impl, query.device) == "reference":
+        backend = _dispatch.choose("knn", impl, query.device)
+        if backend == "reference":
             return reference.knn(query, points, k, lengths_query=lengths_query, lengths_points=lengths_points)
-        return _Knn.apply(query, points, k, lengths_query, lengths_points)
+        return _Knn.apply(query, points, k, lengths_query, lengths_points, backend)
 
 
 def _check_points(op: str, name: str, x: Tensor) -> None:
@@ -139,20 +143,31 @@ def _knn_fake(
     return query.new_empty(shape, dtype=dtype), query.new_empty(shape, dtype=torch.int64)
 
 
-_library.define(
-    "knn_graph(Tensor x, SymInt k, Tensor? lengths, bool include_self) -> Tensor", _knn_graph_fake
-)
-_library.define(
-    "knn(Tensor query, Tensor points, SymInt k, Tensor? lengths_query, Tensor? lengths_points)"
-    " -> (Tensor dist2, Tensor idx)",
-    _knn_fake,
-)
+def _triton_kernels():
+    from crosspoint.kernels import knn
+
+    return knn
+
+
+for _backend in ("", "_triton"):
+    _library.define(
+        f"knn_graph{_backend}(Tensor x, SymInt k, Tensor? lengths, bool include_self) -> Tensor",
+        _knn_graph_fake,
+    )
+    _library.define(
+        f"knn{_backend}(Tensor query, Tensor points, SymInt k, Tensor? lengths_query, Tensor? lengths_points)"
+        " -> (Tensor dist2, Tensor idx)",
+        _knn_fake,
+    )
+_library.implement_triton("knn_graph_triton", lambda *args: _triton_kernels().knn_graph(*args))
+_library.implement_triton("knn_triton", lambda *args: _triton_kernels().knn(*args))
 
 
 class _Knn(torch.autograd.Function):
     @staticmethod
-    def forward(query, points, k, lengths_query, lengths_points):
-        return torch.ops.crosspoint.knn(query, points, k, lengths_query, lengths_points)
+    def forward(query, points, k, lengths_query, lengths_points, backend):
+        operator = torch.ops.crosspoint.knn_triton if backend == "triton" else torch.ops.crosspoint.knn
+        return operator(query, points, k, lengths_query, lengths_points)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -166,7 +181,7 @@ class _Knn(torch.autograd.Function):
         # In differentiable operations, which is what makes the second derivative right.
         query, points, idx, finite = ctx.saved_tensors
         if points.shape[1] == 0:
-            return torch.zeros_like(query), torch.zeros_like(points), None, None, None
+            return torch.zeros_like(query), torch.zeros_like(points), None, None, None, None
         cloud = torch.arange(idx.shape[0], device=idx.device)[:, None, None].expand_as(idx)
         place = idx.clamp_min(0)
         difference = torch.where(
@@ -174,7 +189,7 @@ class _Knn(torch.autograd.Function):
         )  # (B, M, k, C)
         grad = 2 * torch.where(finite, grad_dist2, 0)[..., None] * difference
         grad_points = torch.zeros_like(points).index_put((cloud, place), -grad, accumulate=True)
-        return grad.sum(2), grad_points, None, None, None
+        return grad.sum(2), grad_points, None, None, None, None
 
 
 _dispatch.register("knn_graph", "knn_graph")

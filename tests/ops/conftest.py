@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from op_tester import DTYPES, OpTester, compiled_backends
@@ -20,3 +22,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, (arguments, ids) in values.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, arguments, ids=ids)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton 3.6 converts arrays of one element to integers in a way that numpy 2.4 refuses (triton#9171).
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_for_numpy(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_for_numpy
