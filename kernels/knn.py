@@ -326,13 +326,12 @@ def sweep_kernel(
             m_better = (b_least < b_best) | ((b_best_at == NONE) & (b_least_at != NONE))
             b_best = tl.where(m_better, b_least, b_best)
             b_best_at = tl.where(m_better, b_least_at, b_best_at)
-        m_found = b_best_at != NONE
+        m_found = (b_best_at != NONE) & (o_row < n_row)
         o_out = (i_cloud * M + o_row) * k + i_place
         tl.store(p_idx + o_out, tl.where(m_found, b_best_at, -1).to(tl.int64), mask=o_row < M)
         if p_dist2 is not None:
-            tl.store(p_dist2 + o_out, b_best, mask=o_row < M)
-        b_last = tl.where(m_found, b_best, INFINITY)
-        b_last_at = tl.where(m_found, b_best_at, NONE)
+            tl.store(p_dist2 + o_out, tl.where(m_found, b_best, INFINITY), mask=o_row < M)
+        b_last, b_last_at = b_best, b_best_at
 
 
 # ---- launching

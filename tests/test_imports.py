@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import crosspoint
+import crosspoint.kernels
 
 PACKAGE = Path(crosspoint.__file__).parent
 BASE_INSTALL = {"torch", "numpy"}
@@ -72,6 +73,17 @@ def test_dependencies_point_one_way(layer):
             )
 
 
+def test_kernels_import_torch_and_triton_only():
+    paths = sorted(Path(crosspoint.kernels.__file__).parent.glob("*.py"))
+    assert len(paths) > 1
+    for path in paths:
+        for name in imports(ast.parse(path.read_text())):
+            top = name.partition(".")[0]
+            assert top in {*sys.stdlib_module_names, "torch", "triton"} or name.startswith(
+                "crosspoint.kernels"
+            ), f"kernels/{path.name} imports {name}"
+
+
 def test_private_modules_import_no_layer():
     private = sorted(PACKAGE.glob("_[a-z]*.py"))
     assert private
@@ -86,7 +98,7 @@ def test_the_numpy_module_imports_no_layer():
 
 
 def test_modules_import_only_the_base_install():
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(set(PACKAGE.rglob("*.py")) - set(sources("kernels"))):
         for node in at_import_time(ast.parse(path.read_text())):
             for name in imports(node):
                 top = name.partition(".")[0]

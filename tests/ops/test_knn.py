@@ -99,11 +99,15 @@ class TestKnnGraph(OpTester):
     def operator_calls(cls):
         operator = torch.ops.crosspoint.knn_graph.default
         lengths = torch.tensor([20, 7])
-        return {
+        calls = {
             "points": lambda: (operator, (cloud(2, 20, 3).float(), 4, None, True)),
             "features": lambda: (operator, (cloud(2, 20, 10), 4, lengths, False)),
             "half": lambda: (operator, (cloud(2, 20, 10).half(), 4, lengths, True)),
         }
+        if ("triton", "cpu") in BACKENDS:
+            triton = torch.ops.crosspoint.knn_graph_triton.default
+            calls["triton-cpu"] = lambda: (triton, (cloud(2, 20, 10).half(), 4, lengths, True))
+        return calls
 
     def compare(self, actual, expected, call, dtype, what):
         assert_same_graph(actual, expected, call.args[0])
@@ -161,10 +165,14 @@ class TestKnn(OpTester):
     def operator_calls(cls):
         operator = torch.ops.crosspoint.knn.default
         lengths = torch.tensor([6, 2])
-        return {
+        calls = {
             "points": lambda: (operator, (cloud(2, 5, 3).float(), cloud(2, 6, 3).float(), 4, None, lengths)),
             "features": lambda: (operator, (cloud(2, 5, 9), cloud(2, 6, 9), 4, lengths - 1, None)),
         }
+        if ("triton", "cpu") in BACKENDS:
+            triton = torch.ops.crosspoint.knn_triton.default
+            calls["triton-cpu"] = lambda: (triton, (cloud(2, 5, 9), cloud(2, 6, 9), 4, lengths - 1, None))
+        return calls
 
     def compare(self, actual, expected, call, dtype, what):
         (dist2, idx), (dist2_expected, idx_expected) = actual, expected
