@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/curve.h"
 #include "crosspoint/knn.h"
 #include "knn_distance.h"
 
@@ -52,14 +53,6 @@ struct TreeLayout {
 };
 
 // ---- order
-
-// Spreads 10 bits to every third place.
-inline uint32_t spread(uint32_t x) {
-  x = (x | x << 16) & 0x030000ff;
-  x = (x | x << 8) & 0x0300f00f;
-  x = (x | x << 4) & 0x030c30c3;
-  return (x | x << 2) & 0x09249249;
-}
 
 // Cubic cells over the cloud, 1024 to a side.
 template <class T>

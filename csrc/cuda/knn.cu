@@ -3,6 +3,7 @@
 
 #include "cuda/knn_cloud.h"
 #include "cuda/knn_general.h"
+#include "cuda/knn_tree.h"
 
 namespace crosspoint::cuda {
 namespace {
@@ -43,8 +44,14 @@ cudaError_t search_cloud(const KnnArgs<float>& a, cudaStream_t stream) {
   return a.candidates <= kChunk ? launch_cloud<8, true>(a, stream) : launch_cloud<8, false>(a, stream);
 }
 
+// Where the tree's dozen small kernels pay: from as many points, and from fewer where there are many queries.
+constexpr int64_t kTreeLeast = 8192, kTreeLeastOfMany = 4096, kManyQueries = 65536;
+
 KnnPath chosen(const KnnArgs<float>& a, KnnPath path) {
   if (path != KnnPath::automatic) return path;
+  const bool large = a.candidates > kTreeLeast ||
+                     (a.candidates >= kTreeLeastOfMany && a.batch * a.queries >= kManyQueries);
+  if (large && tree_supports(a)) return KnnPath::tree;
   return cloud_supports(a) ? KnnPath::cloud : KnnPath::general;
 }
 
@@ -59,19 +66,23 @@ bool knn_supports(const KnnArgs<float>& a, KnnPath path) {
     case KnnPath::automatic:
     case KnnPath::general: return true;
     case KnnPath::cloud: return cloud_supports(a);
+    case KnnPath::tree: return tree_supports(a);
     default: return false;
   }
 }
 
-size_t knn_workspace(const KnnArgs<float>&, KnnPath) { return 0; }
+size_t knn_workspace(const KnnArgs<float>& a, KnnPath path) {
+  return chosen(a, path) == KnnPath::tree ? tree_workspace(a) : 0;
+}
 size_t knn_workspace(const KnnArgs<double>&, KnnPath) { return 0; }
 
-cudaError_t knn(const KnnArgs<float>& a, void*, cudaStream_t stream, KnnPath path) {
+cudaError_t knn(const KnnArgs<float>& a, void* workspace, cudaStream_t stream, KnnPath path) {
   path = chosen(a, path);
   if (!knn_supports(a, path)) return cudaErrorInvalidValue;
   if (a.batch * a.queries * a.k == 0) return cudaSuccess;
   switch (path) {
     case KnnPath::cloud: return search_cloud(a, stream);
+    case KnnPath::tree: return search_tree(a, workspace, stream);
     default: return search_general(a, stream);
   }
 }

@@ -54,18 +54,6 @@ __device__ __forceinline__ float nth_of_groups(float (&minima)[8], int n, Neighb
   return nth;
 }
 
-// Sum of `value` over the lanes before this one, and over all of them.
-__device__ __forceinline__ int sum_before(int value, int& total) {
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane_id() >= step) sum += other;
-  }
-  total = __shfl_sync(kAllLanes, sum, kWarp - 1);
-  return sum - value;
-}
-
 // Writes the first `wanted` of keys[0, count), at most 64, by counting for each how many precede it.
 __device__ __forceinline__ void write_ranked(const NeighbourKey<float>* keys, int count, int wanted, Row<float> row,
                                              int64_t at) {

@@ -6,14 +6,12 @@
 
 #include "common/neighbours.h"
 #include "crosspoint/knn.h"
-#include "cuda/platform.h"
+#include "cuda/warp.h"
 
 namespace crosspoint::cuda {
 
 inline constexpr int kMostListed = 128;  // neighbours that a list keeps
 inline constexpr int kListRoom = 256;    // keys of a list: what it keeps, and one tile of candidates
-
-__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
@@ -58,9 +56,6 @@ __device__ __noinline__ void sort_keys(Key* keys, int count) {
       __syncwarp();
     }
 }
-
-// How many of the lanes before this one are in `votes`.
-__device__ __forceinline__ int votes_before(unsigned votes) { return __popc(votes & ((1u << lane_id()) - 1)); }
 
 template <class Key>
 struct KeyList {
@@ -143,13 +138,6 @@ struct Search {
       for (int64_t place = (exists ? leading() + searched : 0) + lane_id(); place < args.k; place += kWarp)
         row(b, i).write_missing(place);
     }
-  }
-
- private:
-  static __device__ __forceinline__ int64_t clamped(const int64_t* lengths, int64_t b, int64_t most) {
-    if (lengths == nullptr) return most;
-    const int64_t length = lengths[b];
-    return length < 0 ? 0 : length > most ? most : length;
   }
 };
 

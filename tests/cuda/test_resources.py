@@ -34,6 +34,18 @@ TUNED = {
         "knn_cloud<8, true>": (128, 3),
         "knn_cloud<8, false>": (128, 3),
     },
+    "knn_tree.cu": {
+        "knn_tree": (128, 6),
+        "tree_divide": (1024, 1),
+        "tree_encode": (256, 6),
+        "tree_plant": (128, 12),
+        "tree_grow": (128, 12),
+    },
+    "radix_sort.cu": {
+        "sort_count": (256, 6),
+        "sort_sum": (256, 6),
+        "sort_place": (256, 4),
+    },
 }
 # kernel -> bytes of local memory of a thread
 FALLBACKS: dict[str, dict[str, int]] = {}
