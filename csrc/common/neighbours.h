@@ -50,7 +50,7 @@ struct NeighbourKey<float> {
 template <>
 struct NeighbourKey<double> {
   double value;
-  int32_t place;
+  int64_t place;  // as wide as the value: no padding, which would be copied unwritten
 
   CROSSPOINT_HD static inline NeighbourKey first() { return {-1.0, -1}; }
   CROSSPOINT_HD static inline NeighbourKey last() {
@@ -58,9 +58,9 @@ struct NeighbourKey<double> {
   }
   CROSSPOINT_HD static inline NeighbourKey of(double distance, int32_t index) { return {distance, index}; }
   CROSSPOINT_HD inline double distance() const { return value; }
-  CROSSPOINT_HD inline int32_t index() const { return place; }
+  CROSSPOINT_HD inline int32_t index() const { return static_cast<int32_t>(place); }
   CROSSPOINT_HD inline bool operator<(NeighbourKey other) const {
-    return precedes(value, place, other.value, other.place);
+    return value < other.value || (value == other.value && place < other.place);
   }
 };
 

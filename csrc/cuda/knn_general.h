@@ -21,8 +21,8 @@ size_t general_shared() {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGeneralWarps* kWarp, 3) knn_general(Search<T> search, int64_t blocks_per_cloud,
-                                                                    int64_t blocks) {
+__global__ void __launch_bounds__(kGeneralWarps* kWarp, sizeof(T) == 4 ? 3 : 2)
+    knn_general(Search<T> search, int64_t blocks_per_cloud, int64_t blocks) {
   using Key = NeighbourKey<T>;
   constexpr int own = kGeneralOwn;
   const KnnArgs<T>& a = search.args;

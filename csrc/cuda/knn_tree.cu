@@ -18,26 +18,24 @@ constexpr int kSample = 1024;  // points whose coordinates divide an axis
 constexpr int kAxisBits = 10;
 constexpr int kFewBits = 8;                     // of an axis, for clouds of up to
 constexpr int64_t kFewBitsPoints = 128 * 1024;  // so many points: it saves a pass of the sort
-constexpr int kLevels = 6;                      // leaves first; enough for 2^31 points
 constexpr int kTreeThreads = 128;
 constexpr int kNearLeaves = 8;  // that bound the distances
 constexpr int32_t kNoPoint = INT32_MAX;
 
+// Boxes of each level, leaves first; every level above them has the room that the first of them takes.
 struct TreeLayout {
   int64_t points;  // of a cloud, padded to whole leaves
-  int count[kLevels], offset[kLevels];  // boxes of each level, and where they begin
-  int levels, boxes;
+  int leaves, parents, levels, boxes;
 
-  explicit TreeLayout(int64_t candidates) : points((candidates + kWarp - 1) / kWarp * kWarp), levels(0), boxes(0) {
-    int64_t n = points;
-    do {
-      n = (n + kWarp - 1) / kWarp;
-      count[levels] = static_cast<int>(n);
-      offset[levels] = boxes;
-      boxes += static_cast<int>(n);
-      ++levels;
-    } while (n > kWarp);
+  explicit TreeLayout(int64_t candidates) : points((candidates + kWarp - 1) / kWarp * kWarp), levels(1) {
+    while (count(levels - 1) > kWarp) ++levels;
+    leaves = count(0);
+    parents = count(1);
+    boxes = offset(levels);
   }
+
+  __host__ __device__ int count(int level) const { return static_cast<int>((points - 1) >> 5 * (level + 1)) + 1; }
+  __host__ __device__ int offset(int level) const { return level == 0 ? 0 : leaves + (level - 1) * parents; }
 };
 
 struct Tree {
@@ -50,10 +48,10 @@ struct Tree {
   int32_t* lowest;  // (batch, layout.boxes): index
 
   __device__ __forceinline__ int64_t box(int64_t b, int level, int i) const {
-    return b * layout.boxes + layout.offset[level] + i;
+    return b * layout.boxes + layout.offset(level) + i;
   }
   __device__ __forceinline__ float* side(int64_t b, int side, int level, int i) const {
-    return boxes + (b * 2 * kAxes + side) * layout.boxes + layout.offset[level] + i;
+    return boxes + (b * 2 * kAxes + side) * layout.boxes + layout.offset(level) + i;
   }
 };
 
@@ -161,7 +159,7 @@ __device__ __forceinline__ void write_box(const Tree& tree, int64_t b, int level
 }
 
 __global__ void __launch_bounds__(kTreeThreads) tree_plant(Search<float> search, Tree tree) {
-  const int leaves = tree.layout.count[0], channels = static_cast<int>(search.args.channels);
+  const int leaves = tree.layout.leaves, channels = static_cast<int>(search.args.channels);
   const int64_t warp = blockIdx.x * int64_t(kTreeThreads / kWarp) + threadIdx.x / kWarp;
   if (warp >= search.args.batch * leaves) return;
   const int64_t b = warp / leaves;
@@ -180,7 +178,7 @@ __global__ void __launch_bounds__(kTreeThreads) tree_plant(Search<float> search,
 }
 
 __global__ void __launch_bounds__(kTreeThreads) tree_grow(Tree tree, int level, int64_t batch) {
-  const int boxes = tree.layout.count[level], below = tree.layout.count[level - 1];
+  const int boxes = tree.layout.count(level), below = tree.layout.count(level - 1);
   const int64_t warp = blockIdx.x * int64_t(kTreeThreads / kWarp) + threadIdx.x / kWarp;
   if (warp >= batch * boxes) return;
   const int64_t b = warp / boxes;
@@ -198,7 +196,7 @@ __global__ void __launch_bounds__(kTreeThreads) tree_grow(Tree tree, int level, 
 __device__ __forceinline__ NeighbourKey<float> first_key(const Tree& tree, int64_t b, int level, int i,
                                                          const float (&query)[kAxes], bool comparable_query) {
   using Key = NeighbourKey<float>;
-  if (i >= tree.layout.count[level]) return Key::last();
+  if (i >= tree.layout.count(level)) return Key::last();
   const int32_t lowest = tree.lowest[tree.box(b, level, i)];
   if (lowest == kNoPoint) return Key::last();
   float sum = 0;
@@ -211,7 +209,7 @@ __device__ __forceinline__ NeighbourKey<float> first_key(const Tree& tree, int64
   return Key::of(comparable_query ? comparable(sum) : infinity<float>(), lowest);
 }
 
-__global__ void __launch_bounds__(kTreeThreads) knn_tree(Search<float> search, Tree tree, int room) {
+__global__ void __launch_bounds__(kTreeThreads, 6) knn_tree(Search<float> search, Tree tree, int room) {
   using Key = NeighbourKey<float>;
   SharedArena arena;
   Key* keys = arena.take<Key>(kTreeThreads / kWarp * room) + threadIdx.x / kWarp * room;
@@ -348,9 +346,9 @@ cudaError_t search_tree(const KnnArgs<float>& a, void* workspace, cudaStream_t s
     status = sort_pairs(segments(a.lengths_points, a.batch, a.candidates), kAxes * bits, tree.order, tree.spare,
                         tree.counts, tree.totals, stream);
   if (status == cudaSuccess)
-    status = launch(tree_plant, dim3(blocks_of(a.batch * tree.layout.count[0])), threads, 0, stream, search, tree);
+    status = launch(tree_plant, dim3(blocks_of(a.batch * tree.layout.leaves)), threads, 0, stream, search, tree);
   for (int level = 1; level < tree.layout.levels && status == cudaSuccess; ++level)
-    status = launch(tree_grow, dim3(blocks_of(a.batch * tree.layout.count[level])), threads, 0, stream, tree, level,
+    status = launch(tree_grow, dim3(blocks_of(a.batch * tree.layout.count(level))), threads, 0, stream, tree, level,
                     a.batch);
   if (status == cudaSuccess)
     status = launch(knn_tree, dim3(blocks_of(a.batch * a.queries)), threads,

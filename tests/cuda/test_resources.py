@@ -28,7 +28,7 @@ STATIC_SHARED = 48 << 10  # bytes
 TUNED = {
     "knn.cu": {
         "knn_general<float>": (128, 3),
-        "knn_general<double>": (128, 3),
+        "knn_general<double>": (128, 2),
         "knn_cloud<3, true>": (128, 3),
         "knn_cloud<3, false>": (128, 4),
         "knn_cloud<8, true>": (128, 3),
@@ -44,7 +44,7 @@ TUNED = {
     "radix_sort.cu": {
         "sort_count": (256, 6),
         "sort_sum": (256, 6),
-        "sort_place": (256, 4),
+        "sort_place": (256, 3),
     },
 }
 # kernel -> bytes of local memory of a thread

@@ -14,8 +14,7 @@ enum class KnnPath {
   automatic,
   general,  // any channels, points and k: tiles of direct differences
   cloud,    // up to 8 channels, the cloud in shared memory, k up to 128
-  tree,     // up to 3 channels, many points, k up to 128: boxes around points in the order of a curve
-  filter    // many channels, k up to 128: tensor cores sort out candidates
+  tree      // up to 3 channels, many points, k up to 128: boxes around points in the order of a curve
 };
 
 // Whether `path` can run the search.
