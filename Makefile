@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/demo
+comma := ,
 # The part of the operators' battery that compares values.
 VALUES := matches_reference and (float32 or float64) or repeatable
 # The part of it that interprets Triton kernels in a few minutes.
 INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles \
   or strides or asked_for or zero_gradient or not_finite or padding or far_offsets
 
-.PHONY: help install build demo test variants interpret sanitize wheel oldest-torch docs lint clean
+.PHONY: help install build demo test variants interpret sanitize wheel oldest-torch docs cpp cpp-sanitize arm64 lint clean
 
 help:
 	@echo "make demo   install, build, then generate shapes, pre-train, evaluate and report under $(OUT)"
@@ -19,6 +20,8 @@ help:
 	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel, under"
 	@echo "            the oldest torch supported (a download of 530 MB)"
 	@echo "make docs   build the documentation site into build/site"
+	@echo "make cpp, make cpp-sanitize, make arm64"
+	@echo "            build the C++ library and run its tests: on every instruction set, under the sanitizers, on arm64 in qemu"
 	@echo "make lint   check style"
 	@echo "make clean  remove what was built"
 
@@ -66,6 +69,26 @@ oldest-torch: build
 # Warnings (broken links, names that resolve to nothing) are errors.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The C++ library and its tests; build/cmake/release is where tests/test_cmake.py builds too.
+CTEST = $(BIN)/ctest --output-on-failure --parallel $(or $(MAX_JOBS),2) --test-dir
+define cpp
+	$(BIN)/cmake -S . -B build/cmake/$(1) -DCROSSPOINT_BUILD_TESTS=ON $(2) > /dev/null
+	$(BIN)/cmake --build build/cmake/$(1) --parallel $(or $(MAX_JOBS),2)
+	$(CTEST) build/cmake/$(1)
+endef
+
+cpp: install
+	$(call cpp,release)
+
+cpp-sanitize: install
+	$(call cpp,asan,-DCROSSPOINT_SANITIZE=address$(comma)undefined)
+	$(call cpp,tsan,-DCROSSPOINT_SANITIZE=thread)
+
+arm64: install
+	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null || { echo "make arm64 needs a cross compiler and" \
+	  "an emulator: apt-get install g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; exit 1; }
+	$(call cpp,arm64,-DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/cmake/aarch64-linux-gnu.cmake)
 
 lint: install
 	$(BIN)/ruff check .
