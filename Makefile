@@ -29,6 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch numpy pybind11 setuptools wheel
 	CROSSPOINT_BUILD=0 $(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps lightly  # its torchvision would fix another torch
 	touch $@
 
 install: $(VENV)/installed

@@ -1,12 +1,13 @@
-"""Against the formula of lightly's loss, and against lightly itself where it is installed.
+"""Against the formula of lightly's loss, and against lightly itself where it is installed, as by the Makefile.
 
-lightly imports torchvision, whose wheels ask for a fixed torch, so the dev environment is without both. Where
-lightly was installed by `pip install --no-deps lightly`, its loss runs with an empty stand-in for torchvision.
+lightly requires torchvision, whose wheels ask for a fixed torch: it is installed without what it requires, and its
+loss runs with an empty stand-in for torchvision.
 """
 
-import importlib
+import functools
 import importlib.util
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -28,35 +29,27 @@ def formula(out0, out1, temperature):
     return F.cross_entropy(torch.cat(rows), torch.arange(n).repeat(2))
 
 
-def lightly_loss(out0, out1, temperature):
-    if importlib.util.find_spec("lightly") is None:
-        pytest.skip("lightly is not installed: it requires torchvision, which fixes another torch")
-    names = [name for name in sys.modules if name.partition(".")[0] in ("lightly", "torchvision")]
-    before = {name: sys.modules.pop(name) for name in names}
-    absent = {"torchvision": mock.MagicMock(), "torchvision.models": mock.MagicMock()}
-    absent |= {
-        f"torchvision.{name}": mock.MagicMock() for name in ("ops", "transforms", "models.vision_transformer")
-    }
-    absent |= {"lightly.models": mock.MagicMock(__path__=[])}
-    try:
-        spec = importlib.util.find_spec("lightly")
-        folder = spec.submodule_search_locations[0]
-        with mock.patch.dict(sys.modules, absent):
-            load_file("lightly.models.modules.memory_bank", f"{folder}/models/modules/memory_bank.py")
-            module = load_file("lightly_ntx_ent_loss", f"{folder}/loss/ntx_ent_loss.py")
-    finally:
-        for name in [n for n in sys.modules if n.partition(".")[0] in ("lightly", "torchvision")]:
-            del sys.modules[name]
-        sys.modules.update(before)
-    return module.NTXentLoss(temperature)(out0, out1)
+@functools.cache
+def lightly_class():
+    """lightly's NTXentLoss, from its two files: importing the package around them would need torchvision."""
+    spec = importlib.util.find_spec("lightly")
+    if spec is None:
+        pytest.skip("lightly is not installed: pip install --no-deps lightly")
+    folder = Path(spec.submodule_search_locations[0])
+    with mock.patch.dict(sys.modules, {"torchvision": mock.MagicMock(), "lightly.models": mock.MagicMock()}):
+        load_file("lightly.models.modules.memory_bank", folder / "models/modules/memory_bank.py")
+        return load_file("ntx_ent_loss", folder / "loss/ntx_ent_loss.py").NTXentLoss
 
 
 def load_file(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def lightly_loss(out0, out1, temperature):
+    return lightly_class()(temperature)(out0, out1)
 
 
 @pytest.mark.parametrize("theirs", [formula, lightly_loss])

@@ -398,6 +398,8 @@ def test_compiles_where_shapes_tell_the_result():
     assert torch.equal(compiled(x, 4), pyg.knn_graph(x, 4))
     conv = pyg.DynamicEdgeConv(nn.Linear(6, 5), 4)
     torch.testing.assert_close(torch.compile(conv, fullgraph=True, backend="aot_eager")(x), conv(x))
+    conv, edge_index = pyg.EdgeConv(nn.Linear(6, 5)), pyg.knn_graph(x, 4)  # in two parts: degrees are data
+    torch.testing.assert_close(torch.compile(conv, backend="aot_eager")(x, edge_index), conv(x, edge_index))
 
 
 def test_scale_of_the_hub_limit():
