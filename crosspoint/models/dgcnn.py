@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from crosspoint.models.heads import classification_head, point_projection_head
-from crosspoint.nn import EdgeConv
-from crosspoint.ops import knn_graph
+from crosspoint.nn import EdgeConv, norm_arguments
+from crosspoint.ops import conv_bn_act_pool, knn_graph
 
 __all__ = ["DGCNN"]
 
@@ -70,7 +69,7 @@ class DGCNN(nn.Module):
             points: (B, N, 3), floating point.
             lengths: (B,) integers: the rows from lengths[b] on are padding. Padding may hold anything: it
                 reaches no neighbourhood, no statistic, no pooling and no gradient. A cloud of no points
-                has feature 0. Reading the lengths synchronises with the device.
+                has feature 0.
             graphs: four (B, N, k) int64 neighbour lists to use in place of the k-NN graphs.
             return_graphs: also return the list of the four graphs that were used.
 
@@ -96,35 +95,17 @@ class DGCNN(nn.Module):
 
     def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """conv5 and global pooling: (B, N, 512) -> (B, 2048)."""
-        b, n, c = x.shape
-        rows = x.reshape(b * n, c)
-        if lengths is None:
-            h = self._conv5(rows).view(b, n, -1)
-            return torch.cat([_largest(h, dim=1), h.mean(dim=1)], dim=1)
-
-        sizes = lengths.tolist()
-        bad = next((i for i, size in enumerate(sizes) if not 0 <= size <= n), None)
-        if bad is not None:
-            raise IndexError(f"lengths[{bad}] is {sizes[bad]}; expected 0 <= length <= N = {n}")
-        valid = torch.arange(n, device=x.device) < lengths.unsqueeze(1)  # (B, N)
-        h = self._conv5(rows[valid.view(-1)])
-        clouds = h.split(sizes)
-        empty = h.new_zeros(h.shape[1])
-        largest = torch.stack([_largest(cloud, dim=0) if len(cloud) else empty for cloud in clouds])
-        mean = torch.stack([cloud.mean(dim=0) if len(cloud) else empty for cloud in clouds])
-        return torch.cat([largest, mean], dim=1)
-
-    def _conv5(self, rows: Tensor) -> Tensor:
-        # in place: batch norm's backward needs its input only, so one activation fewer stays alive
-        return F.leaky_relu(self.bn5(self.conv5(rows)), 0.2, inplace=True)
+        return conv_bn_act_pool(
+            x,
+            self.conv5.weight,
+            **norm_arguments(self.bn5),
+            lengths=lengths,
+            negative_slope=0.2,
+            impl=self.impl,
+        )
 
     def extra_repr(self) -> str:
         return f"k={self.k}, impl={self.impl!r}"
-
-
-def _largest(h: Tensor, dim: int) -> Tensor:
-    # max gives the gradient to one winner, as DGCNN's pooling does; amax would split it, but is far faster
-    return h.max(dim=dim).values if torch.is_grad_enabled() else h.amax(dim=dim)
 
 
 def _check_lengths(lengths: Tensor, points: Tensor) -> None:

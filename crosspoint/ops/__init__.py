@@ -1,7 +1,8 @@
-"""The operators: `knn_graph`, `knn`, `edge_conv`, `nt_xent`, `info_nce`."""
+"""The operators: `knn_graph`, `knn`, `edge_conv`, `conv_bn_act_pool`, `nt_xent`, `info_nce`."""
 
 from crosspoint.ops._dispatch import BackendRow, describe_backends
 from crosspoint.ops._explain import Explanation, explain
+from crosspoint.ops.conv_bn_act_pool import conv_bn_act_pool
 from crosspoint.ops.edge_conv import edge_conv
 from crosspoint.ops.knn import knn, knn_graph
 from crosspoint.ops.nt_xent import info_nce, nt_xent
@@ -9,6 +10,7 @@ from crosspoint.ops.nt_xent import info_nce, nt_xent
 __all__ = [
     "BackendRow",
     "Explanation",
+    "conv_bn_act_pool",
     "describe_backends",
     "edge_conv",
     "explain",

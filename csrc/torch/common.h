@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "crosspoint/parallel.h"
 
 namespace crosspoint::binding {
@@ -34,6 +35,16 @@ inline Tensor dense(const Tensor& x, ScalarType dtype) {
   return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
+inline std::optional<Tensor> optional_dense(const std::optional<Tensor>& x, ScalarType dtype) {
+  if (!x.has_value()) return std::nullopt;
+  return dense(*x, dtype);
+}
+
+// To x, what was computed in its dense form, where that is a copy.
+inline void copy_back(std::optional<Tensor>& x, const std::optional<Tensor>& dense) {
+  if (x.has_value() && dense->data_ptr() != x->data_ptr()) torch::stable::copy_(*x, *dense);
+}
+
 template <class T>
 const T* data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -48,6 +59,20 @@ T* mutable_data(Tensor& x) {
 template <class F>
 auto with_compute_type(ScalarType dtype, F&& f) {
   return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+using Lengths = std::optional<Tensor>;
+
+// lengths as contiguous int64, each of them checked to be in [0, most].
+inline Lengths checked(const Lengths& lengths, int64_t batch, int64_t most, const char* name) {
+  if (!lengths.has_value()) return std::nullopt;
+  Tensor values = dense(*lengths, ScalarType::Long);
+  check_lengths(name, data<int64_t>(values), batch, most);
+  return values;
+}
+
+inline const int64_t* pointer(const Lengths& lengths) {
+  return lengths.has_value() ? data<int64_t>(*lengths) : nullptr;
 }
 
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {

@@ -12,11 +12,6 @@ const T* optional_data(const std::optional<Tensor>& x) {
   return x.has_value() ? data<T>(*x) : nullptr;
 }
 
-std::optional<Tensor> optional_dense(const std::optional<Tensor>& x, ScalarType dtype) {
-  if (!x.has_value()) return std::nullopt;
-  return dense(*x, dtype);
-}
-
 // What the forward operator returns after `out`, in its order.
 struct SavedTensors {
   Tensor winner, slot, out_sum, in_sum, degrees, centre, offset, rstd;
@@ -92,10 +87,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       args.saved = saved.pointers<T>(batch * n, backward, training);
       edge_conv_forward(args, parallel);
     });
-    if (training && mean_dense.has_value() && mean_dense->data_ptr() != running_mean->data_ptr())
-      torch::stable::copy_(*running_mean, *mean_dense);
-    if (training && var_dense.has_value() && var_dense->data_ptr() != running_var->data_ptr())
-      torch::stable::copy_(*running_var, *var_dense);
+    if (training) {
+      copy_back(running_mean, mean_dense);
+      copy_back(running_var, var_dense);
+    }
   }
   if (x.scalar_type() != dtype) out = torch::stable::to(out, x.scalar_type());
   return {out,           saved.winner, saved.slot,   saved.out_sum, saved.in_sum,

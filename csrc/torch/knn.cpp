@@ -2,24 +2,9 @@
 #include "crosspoint/knn.h"
 
 #include "common.h"
-#include "common/checks.h"
 
 namespace crosspoint::binding {
 namespace {
-
-using Lengths = std::optional<Tensor>;
-
-// lengths as contiguous int64, each of them checked to be in [0, most].
-Lengths checked(const Lengths& lengths, int64_t batch, int64_t most, const char* name) {
-  if (!lengths.has_value()) return std::nullopt;
-  Tensor values = dense(*lengths, ScalarType::Long);
-  check_lengths(name, data<int64_t>(values), batch, most);
-  return values;
-}
-
-const int64_t* pointer(const Lengths& lengths) {
-  return lengths.has_value() ? data<int64_t>(*lengths) : nullptr;
-}
 
 std::tuple<Tensor, Tensor> search(const Tensor& query, const Tensor& points, int64_t k,
                                   const Lengths& lengths_query, const Lengths& lengths_points, Self self,

@@ -26,6 +26,7 @@ def test_auto_runs_native_and_names_the_others():
 
 IDX, WEIGHT = torch.zeros(2, 8, 4, dtype=torch.int64), torch.zeros(5, 6)
 CALLS = {
+    "conv_bn_act_pool": partial(ops.conv_bn_act_pool, X, WEIGHT[:, :3], *WEIGHT.T[:4], training=False),
     "knn_graph": partial(ops.knn_graph, X, 4),
     "knn": partial(ops.knn, X, X, 4),
     "edge_conv": partial(ops.edge_conv, X, IDX, WEIGHT, None, None, training=False),

@@ -23,7 +23,7 @@ struct ConvBnActPoolLayer {
 // What the forward pass leaves for the backward pass beside its inputs.
 template <class T>
 struct ConvBnActPoolSaved {
-  T* h;               // (batch, n, c_out): weight x; rows past lengths are not written
+  T* h;               // (batch, n, c_out): weight x; 0 in rows past lengths
   int32_t* winner;    // (batch, c_out): row of the maximum, -1 without rows
   double* mean;       // (c_out)
   double* rstd;       // (c_out)

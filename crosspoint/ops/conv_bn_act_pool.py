@@ -1,0 +1,328 @@
+"""A shared linear map of points, batch norm, LeakyReLU, and each cloud's maximum and mean, fused.
+
+    y = leaky_relu(batch_norm(x @ weight.T))        # (B, N, C_out)
+    out = [max over n of y, mean over n of y]       # (B, 2 C_out)
+
+The same in plain PyTorch; conv is `nn.Conv1d(C_in, C_out, 1, bias=False)`, bn `nn.BatchNorm1d(C_out)`:
+
+    y = F.leaky_relu(bn(conv(x.transpose(1, 2))), negative_slope)            # (B, C_out, N)
+    out = torch.cat([y.amax(-1), y.mean(-1)], 1)
+
+This is what follows DGCNN's edge convolutions (512 -> 1024 on every point), where it is half of the work and
+most of the memory. Here the product is stored once, and nothing else of its size: norm and activation are
+monotonic, so the maximum is taken before them; the norm's statistics and both poolings are sums over rows; and
+the gradient of the product exists 256 rows at a time, multiplied at once into the gradients of x and weight.
+
+Memory beside inputs, output and gradients, in elements of 4 bytes (8 for float64): B N C_out, kept for the
+backward pass (in evaluation without gradients it does not exist). While running, forward 12 C_out per 256 rows,
+backward 16 C_in C_out; either pass a copy of weight and, per thread, 256 (C_in + C_out). Half types are widened:
+add a float32 copy of x and of its gradient.
+
+Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops._checks import FLOATS, check_lengths, check_norm
+
+__all__ = ["conv_bn_act_pool"]
+
+
+def conv_bn_act_pool(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+    impl: str = "auto",
+) -> Tensor:
+    """Each cloud's maximum and mean of leaky_relu(batch_norm(x @ weight.T)).
+
+    Of rows that tie for a maximum, the first takes its gradient. NaN wins over every number, as in `torch.max`.
+    Results are bitwise the same from run to run and for any number of threads.
+
+    Args:
+        x: (B, N, C_in), float64, float32, float16 or bfloat16. Half types are computed in float32. Under
+            autocast it is cast to autocast's dtype first (float64 stays).
+        weight: (C_out, C_in).
+        gamma, beta: (C_out,), the affine parameters of the norm.
+        running_mean, running_var: (C_out,), or both None. Updated in place when training, as by
+            `nn.BatchNorm1d` (a batch without points leaves them alone); the statistics to use otherwise.
+        lengths: valid points of each cloud, (B,), integers in [0, N]; all of them by default. The rows past
+            them may hold anything: they reach no statistic, no pooling and no gradient. A cloud without
+            points gives 0. They are not read on the host.
+        training: whether the statistics are those of this batch.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+        negative_slope: of the LeakyReLU, >= 0; 0 is ReLU.
+        impl: "auto", "native" or "reference".
+
+    Returns:
+        (B, 2 C_out) in the dtype of x (or autocast's): maxima, then means. Differentiable once in x, weight,
+        gamma and beta.
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes and options; ValueError also when training with a single
+            value per channel, as in PyTorch.
+        RuntimeError: for evaluation without running statistics, as in PyTorch.
+        IndexError: a length is negative or exceeds N (compiled backends).
+    """
+    lengths = _check(
+        x, weight, gamma, beta, running_mean, running_var, lengths, training=training, slope=negative_slope
+    )
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    if _dispatch.choose("conv_bn_act_pool", impl, x.device) == "reference":
+        with torch.autocast(device, enabled=False):
+            return reference.conv_bn_act_pool(
+                x,
+                weight,
+                gamma,
+                beta,
+                running_mean,
+                running_var,
+                lengths=lengths,
+                training=training,
+                momentum=momentum,
+                eps=eps,
+                negative_slope=negative_slope,
+            )
+    return _ConvBnActPool.apply(
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        lengths,
+        training,
+        momentum,
+        eps,
+        negative_slope,
+        torch.is_grad_enabled(),
+    )[0]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    training: bool,
+    slope: float,
+) -> Tensor | None:
+    """The lengths as int64."""
+    if x.dim() != 3:
+        raise ValueError(f"conv_bn_act_pool: x must be (B, N, C_in), got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"conv_bn_act_pool: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"conv_bn_act_pool: weight must be (C_out, C_in) = (C_out, {x.shape[2]}), got shape "
+            f"{tuple(weight.shape)}; of a 1x1 Conv1d, pass conv.weight.flatten(1)"
+        )
+    if gamma is None or beta is None:
+        raise TypeError("conv_bn_act_pool: gamma and beta must be tensors (C_out,), got None")
+    check_norm(
+        "conv_bn_act_pool",
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        training=training,
+        values=x.shape[0] * x.shape[1],
+        negative_slope=slope,
+    )
+    return check_lengths("conv_bn_act_pool", "lengths", lengths, "x", x)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(
+    x,
+    weight,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    lengths,
+    training,
+    momentum,
+    eps,
+    negative_slope,
+    backward,
+):
+    (batch, n, _), c_out = x.shape, weight.shape[0]
+    return (
+        x.new_empty((batch, 2 * c_out)),
+        x.new_empty((batch, n, c_out) if backward else (0,), dtype=_compute_dtype(x)),
+        x.new_empty((batch, c_out) if backward else (0,), dtype=torch.int32),
+        x.new_empty((2, c_out), dtype=torch.float64),
+        x.new_empty((2, batch, c_out) if backward else (0,), dtype=torch.float64),
+    )
+
+
+def _fake_backward(
+    grad, x, weight, gamma, beta, lengths, h, winner, statistics, slopes, training, slope, need_x, need_weight
+):
+    dtype, channels = _compute_dtype(x), weight.shape[:1]
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
+        x.new_empty(channels, dtype=dtype),
+        x.new_empty(channels, dtype=dtype),
+    )
+
+
+_library.define(
+    "conv_bn_act_pool(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? lengths, bool training, float momentum, float eps, float negative_slope, "
+    "bool backward) -> (Tensor out, Tensor h, Tensor winner, Tensor statistics, Tensor slopes)",
+    _fake_forward,
+)
+_library.define(
+    "conv_bn_act_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor? lengths, "
+    "Tensor h, Tensor winner, Tensor statistics, Tensor slopes, bool training, float negative_slope, bool need_x, "
+    "bool need_weight) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)",
+    _fake_backward,
+)
+
+
+class _ConvBnActPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        lengths,
+        training,
+        momentum,
+        eps,
+        negative_slope,
+        backward,
+    ):
+        return torch.ops.crosspoint.conv_bn_act_pool(
+            x,
+            weight,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            lengths,
+            training,
+            momentum,
+            eps,
+            negative_slope,
+            backward,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, gamma, beta, _, _, lengths, training, _, _, negative_slope, _ = inputs
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, gamma, beta, lengths, *saved)
+        ctx.training, ctx.negative_slope = training, negative_slope
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 12
+        x, weight, gamma, beta, lengths, *saved = ctx.saved_tensors
+        need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
+        grad_x, grad_weight, grad_gamma, grad_beta = _ConvBnActPoolBackward.apply(
+            grad,
+            x,
+            weight,
+            gamma,
+            beta,
+            lengths,
+            *saved,
+            ctx.training,
+            ctx.negative_slope,
+            need_x,
+            need_weight,
+        )
+        return (
+            grad_x if need_x else None,
+            grad_weight.to(weight.dtype) if need_weight else None,
+            grad_gamma.to(gamma.dtype) if need_gamma else None,
+            grad_beta.to(beta.dtype) if need_beta else None,
+            *(None,) * 8,
+        )
+
+
+class _ConvBnActPoolBackward(torch.autograd.Function):
+    """The backward pass, which has no derivative: it says so instead of giving zeros."""
+
+    @staticmethod
+    def forward(
+        grad,
+        x,
+        weight,
+        gamma,
+        beta,
+        lengths,
+        h,
+        winner,
+        statistics,
+        slopes,
+        training,
+        negative_slope,
+        need_x,
+        need_weight,
+    ):
+        return torch.ops.crosspoint.conv_bn_act_pool_backward(
+            grad,
+            x,
+            weight,
+            gamma,
+            beta,
+            lengths,
+            h,
+            winner,
+            statistics,
+            slopes,
+            training,
+            negative_slope,
+            need_x,
+            need_weight,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "the second derivative of conv_bn_act_pool is not supported; impl='reference' differentiates any "
+            "number of times"
+        )
+
+
+_dispatch.register("conv_bn_act_pool", "conv_bn_act_pool", "conv_bn_act_pool_backward")
