@@ -210,7 +210,8 @@ def test_compiles_into_one_graph():
     graphs = fused(points, return_graphs=True)[1]
     compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
     x, y = points.clone().requires_grad_(), points.clone().requires_grad_()
-    a, b = compiled(x, graphs=graphs), fused(y, graphs=graphs)
+    lengths = torch.tensor([14, 9])
+    a, b = compiled(x, lengths, graphs=graphs), fused(y, lengths, graphs=graphs)
     _close(a, b, "feature")
     a.square().sum().backward()
     b.square().sum().backward()
