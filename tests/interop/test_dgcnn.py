@@ -257,6 +257,8 @@ def test_copies_pickles_and_weights_go_on_working(clouds):
     file.seek(0)
     for other in (torch.load(file, weights_only=False), pickle.loads(pickle.dumps(model))):
         assert type(other) is type(model) and torch.equal(other(clouds), want)
+    replica = model._replicate_for_data_parallel()
+    assert replica is not model and torch.equal(replica(clouds), want)
     fresh = prepared(Classifier).eval()
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(fresh(clouds), want)
