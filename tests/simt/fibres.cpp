@@ -171,6 +171,7 @@ void begin_thread() {
   if (!self->copies.empty()) fail("returned with copies to shared memory that it never waited for");
   self->state = State::done;
   ++block.done;
+  block.warps[self->warp].returned |= 1u << self->lane;
   to_main(true);
 }
 
@@ -193,14 +194,16 @@ void prepare(Thread& thread, Block& block, int linear) {
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(bottom, kStack);
 #endif
-  // The switch pops the registers, then returns into begin_thread, on a stack aligned as after a call.
+  // The switch pops the registers, then returns into begin_thread, on a stack aligned as after a call. Stacks begin
+  // at different offsets in their pages, or they would evict each other from the cache.
+  char* end = bottom + kStack - linear % 61 * 1088;
 #if defined(__x86_64__)
-  auto* top = reinterpret_cast<uint64_t*>(bottom + kStack) - 2;
+  auto* top = reinterpret_cast<uint64_t*>(end) - 2;
   *top = reinterpret_cast<uint64_t>(&begin_thread);
   std::fill(top - 6, top, 0);
   thread.stack_pointer = top - 6;
 #else
-  auto* top = reinterpret_cast<uint64_t*>(bottom + kStack) - 20;
+  auto* top = reinterpret_cast<uint64_t*>(end) - 20;
   std::fill(top, top + 20, 0);
   top[11] = reinterpret_cast<uint64_t>(&begin_thread);
   thread.stack_pointer = top;
@@ -230,6 +233,7 @@ void begin_block(Block& block, int linear) {
   block.linear = linear;
   block.index = {static_cast<unsigned>(linear % gx), static_cast<unsigned>(linear / gx % gy), static_cast<unsigned>(linear / gx / gy)};
   block.done = block.arrived = block.votes = 0;
+  block.warps.assign((block.threads.size() + kWarp - 1) / kWarp, Warp());
   block.epoch = 1;
   block.pieces.clear();
   block.used = block.dynamic_bytes = block.static_bytes = 0;
@@ -406,40 +410,46 @@ int block_barrier(Barrier kind, bool predicate, Site site) {
 
 void collective(const char* name, unsigned mask, void* slot, Finish finish, Site site, bool orders_memory) {
   Block& block = *self->block;
-  const int first = self->warp * kWarp, lanes = std::min<int>(kWarp, static_cast<int>(block.threads.size()) - first);
+  Warp& warp = block.warps[self->warp];
+  Thread* const lanes = &block.threads[self->warp * kWarp];
+  const int count = std::min<int>(kWarp, static_cast<int>(block.threads.size()) - self->warp * kWarp);
+  const unsigned own = 1u << self->lane;
   ++collectives;
-  if ((mask >> self->lane & 1u) == 0)
+  if ((mask & own) == 0)
     fail("%s with mask 0x%08x, which leaves out the caller's lane %d, %s:%d", name, mask, self->lane, site.file, site.line);
-  if (lanes < kWarp && mask >> lanes != 0)
-    fail("%s with mask 0x%08x, but the warp has %d lanes, %s:%d", name, mask, lanes, site.file, site.line);
+  if (count < kWarp && mask >> count != 0)
+    fail("%s with mask 0x%08x, but the warp has %d lanes, %s:%d", name, mask, count, site.file, site.line);
+  if ((mask & warp.returned) != 0)
+    fail("%s with mask 0x%08x, but lane %d has returned, %s:%d", name, mask, __builtin_ctz(mask & warp.returned), site.file,
+         site.line);
   self->call = name;
   self->site = site;
   self->mask = mask;
   self->slot = slot;
-  self->state = State::at_collective;
-  bool complete = true;
-  for (int i = 0; i < lanes; ++i) {
-    if ((mask >> i & 1u) == 0) continue;
-    const Thread& other = block.threads[first + i];
-    if (other.state == State::done)
-      fail("%s with mask 0x%08x, but lane %d has returned, %s:%d", name, mask, i, site.file, site.line);
-    if (other.state != State::at_collective) {
-      complete = false;
-    } else if (other.mask != mask || other.site.line != site.line || std::strcmp(other.call, name) != 0) {
-      if (other.mask >> self->lane & 1u)
-        fail("%s with mask 0x%08x, %s:%d, while lane %d waits for it in %s with mask 0x%08x, %s:%d", name, mask, site.file,
-             site.line, i, other.call, other.mask, other.site.file, other.site.line);
-      complete = false;
-    }
+  Group* group = nullptr;
+  for (Group& open : warp.groups) {
+    if (open.mask == mask && open.site.line == site.line && std::strcmp(open.call, name) == 0)
+      group = &open;
+    else if ((open.mask & own) != 0 && (open.arrived & mask) != 0)
+      fail("%s with mask 0x%08x, %s:%d, while lane %d waits for it in %s with mask 0x%08x, %s:%d", name, mask, site.file,
+           site.line, __builtin_ctz(open.arrived & mask), open.call, open.mask, open.site.file, open.site.line);
   }
-  if (complete) {
+  if (group == nullptr) {
+    warp.groups.push_back({name, site, mask, 0});
+    group = &warp.groups.back();
+  }
+  group->arrived |= own;
+  self->state = State::at_collective;
+  if (group->arrived == mask) {
+    *group = warp.groups.back();
+    warp.groups.pop_back();
     void* slots[kWarp] = {};
-    for (int i = 0; i < lanes; ++i)
-      if (mask >> i & 1u) slots[i] = block.threads[first + i].slot;
+    for (int i = 0; i < count; ++i)
+      if (mask >> i & 1u) slots[i] = lanes[i].slot;
     if (finish != nullptr) finish(mask, slots);
     if (orders_memory) synchronise_warp(block, self->warp, mask);
-    for (int i = 0; i < lanes; ++i)
-      if (mask >> i & 1u) make_ready(block.threads[first + i]);
+    for (int i = 0; i < count; ++i)
+      if (mask >> i & 1u) make_ready(lanes[i]);
   }
   to_main(false);
 }

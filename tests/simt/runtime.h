@@ -46,6 +46,18 @@ struct Thread {
   std::vector<Known> others, released, seen;
 };
 
+// Lanes of a warp that wait in one call for each other.
+struct Group {
+  const char* call;
+  Site site;
+  unsigned mask, arrived;
+};
+
+struct Warp {
+  std::vector<Group> groups;
+  unsigned returned;
+};
+
 struct Piece {
   const void* key;
   int index;
@@ -58,6 +70,7 @@ struct Block {
   uint3 index;
   int slot;  // which of the resident blocks
   std::vector<Thread> threads;
+  std::vector<Warp> warps;
   int done, arrived, votes;
   Barrier barrier;
   Site barrier_site;

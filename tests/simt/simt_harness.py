@@ -132,10 +132,14 @@ class Device:
         self._buffers.clear()
 
     def call(self, function: str, *arguments) -> None:
-        """Call an exported function that returns a cudaError_t: arrays as pointers, int as int64, float as double."""
+        """Call an exported function that returns a cudaError_t.
+
+        Arrays and structures go as pointers, int as int64, float as double, str as a C string.
+        """
         status = getattr(self.library, function)(*map(_argument, arguments))
         if status != 0:
-            raise SimtError(self._with_lines(self.library.simt_error().decode()))
+            said = self._with_lines(self.library.simt_error().decode())
+            raise SimtError(said or f"{function} cannot run this: error {status}")
 
     def counts(self) -> dict[str, int]:
         """Launches, switches between threads, warp collectives and watched accesses since the library was loaded."""
@@ -159,6 +163,8 @@ def _argument(value):
         return ctypes.c_void_p(None)
     if isinstance(value, np.ndarray):
         return ctypes.c_void_p(value.ctypes.data)
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
     if isinstance(value, str):
         return ctypes.c_char_p(value.encode())
     if isinstance(value, float):

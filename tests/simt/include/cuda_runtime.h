@@ -130,9 +130,24 @@ T reduce(const char* name, unsigned mask, T value, Combine, Site site) {
   return slot.result;
 }
 
-// The lanes for which `matches(theirs, mine)`, given to each lane.
-template <class T, class Matches>
-unsigned select(const char* name, unsigned mask, T value, Matches, Site site) {
+inline unsigned ballot(const char* name, unsigned mask, bool predicate, Site site) {
+  struct Slot {
+    unsigned bit, result;
+  } slot{predicate ? 1u << lane() : 0u, 0};
+  collective(
+      name, mask, &slot,
+      [](unsigned members, void* const* slots) {
+        unsigned all = 0;
+        for (unsigned left = members; left != 0; left &= left - 1) all |= static_cast<Slot*>(slots[__builtin_ctz(left)])->bit;
+        for (unsigned left = members; left != 0; left &= left - 1) static_cast<Slot*>(slots[__builtin_ctz(left)])->result = all;
+      },
+      site);
+  return slot.result;
+}
+
+// The lanes of the mask whose value has the same bits as the caller's.
+template <class T>
+unsigned match(const char* name, unsigned mask, T value, Site site) {
   struct Slot {
     T value;
     unsigned result;
@@ -143,7 +158,7 @@ unsigned select(const char* name, unsigned mask, T value, Matches, Site site) {
         for (int i = 0; i < 32; ++i)
           for (int j = 0; j < 32; ++j)
             if ((members >> i & 1u) && (members >> j & 1u) &&
-                Matches{}(static_cast<Slot*>(slots[j])->value, static_cast<Slot*>(slots[i])->value))
+                std::memcmp(&static_cast<Slot*>(slots[j])->value, &static_cast<Slot*>(slots[i])->value, sizeof(T)) == 0)
               static_cast<Slot*>(slots[i])->result |= 1u << j;
       },
       site);
@@ -156,11 +171,6 @@ struct Total { template <class T> T operator()(T a, T b) const { return a + b; }
 struct BitAnd { template <class T> T operator()(T a, T b) const { return a & b; } };
 struct BitOr { template <class T> T operator()(T a, T b) const { return a | b; } };
 struct BitXor { template <class T> T operator()(T a, T b) const { return a ^ b; } };
-struct IsSet { bool operator()(bool theirs, bool) const { return theirs; } };
-struct SameBits {
-  template <class T>
-  bool operator()(T a, T b) const { return std::memcmp(&a, &b, sizeof(T)) == 0; }
-};
 
 }  // namespace simt
 
@@ -187,21 +197,21 @@ T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32, SIMT_SITE) {
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, SIMT_SITE) {
-  return simt::select("__ballot_sync", mask, predicate != 0, simt::IsSet{}, {file, line});
+  return simt::ballot("__ballot_sync", mask, predicate != 0, {file, line});
 }
 inline int __any_sync(unsigned mask, int predicate, SIMT_SITE) {
-  return simt::select("__any_sync", mask, predicate != 0, simt::IsSet{}, {file, line}) != 0;
+  return simt::ballot("__any_sync", mask, predicate != 0, {file, line}) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate, SIMT_SITE) {
-  return simt::select("__all_sync", mask, predicate != 0, simt::IsSet{}, {file, line}) == mask;
+  return simt::ballot("__all_sync", mask, predicate != 0, {file, line}) == mask;
 }
 template <class T>
 unsigned __match_any_sync(unsigned mask, T value, SIMT_SITE) {
-  return simt::select("__match_any_sync", mask, value, simt::SameBits{}, {file, line});
+  return simt::match("__match_any_sync", mask, value, {file, line});
 }
 template <class T>
 unsigned __match_all_sync(unsigned mask, T value, int* all, SIMT_SITE) {
-  *all = simt::select("__match_all_sync", mask, value, simt::SameBits{}, {file, line}) == mask;
+  *all = simt::match("__match_all_sync", mask, value, {file, line}) == mask;
   return *all ? mask : 0u;
 }
 
