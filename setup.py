@@ -54,7 +54,7 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 HOST_KERNELS = {"farthest_point_sampling", "knn", "neighbor_sum"}
-HOST_ONLY_KERNELS = HOST_KERNELS - {"knn"}
+HOST_ONLY_KERNELS = {"farthest_point_sampling"}
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has what the bindings use
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 # Code of one minor version runs on the later ones of its major; PTX of the last serves what comes after it.

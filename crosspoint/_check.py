@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["count", "lengths_shape", "points_shape", "same_batch"]
+__all__ = ["count", "graph_shape", "lengths_shape", "points_shape", "same_batch"]
 
 
 def points_shape(op: str, name: str, shape: Sequence[int]) -> None:
@@ -35,4 +35,11 @@ def lengths_shape(op: str, name: str, shape: Sequence[int], of: str, of_shape: S
         raise ValueError(
             f"{op}: {name} must hold one number per cloud of {of}, shape ({of_shape[0]},), got shape "
             f"{tuple(shape)}"
+        )
+
+
+def graph_shape(op: str, idx: Sequence[int], x: Sequence[int]) -> None:
+    if len(idx) != 3 or idx[0] != x[0]:
+        raise ValueError(
+            f"{op}: idx must be (B, M, k) = ({x[0]}, M, k), as x is {tuple(x)}; got shape {tuple(idx)}"
         )

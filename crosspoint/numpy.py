@@ -156,10 +156,7 @@ def neighbor_sum(x: ArrayLike, idx: ArrayLike, *, threads: int = 1) -> NDArray[n
     idx = np.asarray(idx)
     if idx.dtype.type is not np.int64:
         raise TypeError(f"neighbor_sum: idx must be int64, got {idx.dtype}; use idx.astype(np.int64)")
-    if idx.ndim != 3 or idx.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"neighbor_sum: idx must be (B, M, k) = ({x.shape[0]}, M, k), as x is {x.shape}; got shape {idx.shape}"
-        )
+    _check.graph_shape("neighbor_sum", idx.shape, x.shape)
     _count("neighbor_sum", "threads", threads)
     return _host.neighbor_sum(x, np.ascontiguousarray(idx, np.int64), threads)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crosspoint import _check
 
-__all__ = ["FLOATS", "check_lengths", "check_norm"]
+__all__ = ["FLOATS", "check_lengths", "check_neighbours", "check_norm"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +24,18 @@ def check_lengths(op: str, name: str, lengths: Tensor | None, of: str, x: Tensor
             f"{op}: {name} is on {lengths.device}, {of} on {x.device}; move it with .to({of}.device)"
         )
     return lengths.long()
+
+
+def check_neighbours(op: str, x: Tensor, idx: Tensor) -> None:
+    """x (B, N, C) of a floating dtype, idx (B, M, k) int64 on the same device."""
+    _check.points_shape(op, "x", x.shape)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: x must be float64, float32, float16 or bfloat16, got {x.dtype}")
+    if idx.dtype != torch.int64:
+        raise TypeError(f"{op}: idx must be int64, got {idx.dtype}; use idx.long()")
+    _check.graph_shape(op, idx.shape, x.shape)
+    if idx.device != x.device:
+        raise ValueError(f"{op}: idx is on {idx.device}, but x is on {x.device}")
 
 
 def check_norm(

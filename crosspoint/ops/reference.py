@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["edge_conv", "info_nce", "knn", "knn_graph", "nt_xent"]
+__all__ = ["edge_conv", "gather_max", "info_nce", "knn", "knn_graph", "neighbor_sum", "nt_xent"]
 
 _PAIRS_AT_ONCE = 1 << 22  # bounds the distance block that is held at a time
 
@@ -115,23 +115,50 @@ def edge_conv(
     batch, n, k = idx.shape
     if x.numel() == 0 or k == 0:
         return (x.sum() + weight.sum()).mul(0).to(dtype).expand(batch, n, weight.shape[0]).clone()
-    valid = (idx >= 0)[..., None]  # (B, N, k, 1)
-    cloud = torch.arange(batch, device=x.device)[:, None, None]
-    centre = x[:, :, None].expand(batch, n, k, x.shape[2])
-    edges = torch.cat([x[cloud, idx.clamp_min(0)] - centre, centre], dim=-1)  # (B, N, k, 2 C_in)
+    neighbour, valid = _neighbours(x, idx)
+    centre = x[:, :, None].expand_as(neighbour)
+    edges = torch.cat([neighbour - centre, centre], dim=-1)  # (B, N, k, 2 C_in)
     h = torch.where(valid, edges, 0) @ weight.t()  # (B, N, k, C_out)
 
     if gamma is not None and beta is not None:
         h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
-    h = F.leaky_relu(h, negative_slope)
+    return _first_largest(F.leaky_relu(h, negative_slope), valid, 2)[0].to(dtype)
 
-    # The first slot that holds the maximum (a NaN is one), among the edges that exist.
+
+def _first_largest(h: Tensor, valid: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum over `dim` of h (..., C) where valid (..., 1), a NaN being one, and the first place that holds it.
+
+    0 and -1 where nothing is valid.
+    """
+    size = h.shape[dim]
     h = h.masked_fill(~valid, -torch.inf)
-    largest = (h == h.amax(2, keepdim=True)) | h.isnan()
-    slots = torch.arange(k, device=x.device)[:, None].expand_as(h)
-    slot = slots.masked_fill(~(largest & valid), k).amin(2, keepdim=True).clamp_max(k - 1)
-    out = h.gather(2, slot).squeeze(2)
-    return torch.where(valid.any(2), out, 0).to(dtype)
+    largest = (h == h.amax(dim, keepdim=True)) | h.isnan()
+    places = torch.arange(size, device=h.device)[:, None].expand_as(h)
+    place = places.masked_fill(~(largest & valid), size).amin(dim, keepdim=True).clamp_max(size - 1)
+    exists = valid.any(dim)
+    out, place = h.gather(dim, place).squeeze(dim), place.squeeze(dim)
+    return torch.where(exists, out, 0), torch.where(exists, place, -1)
+
+
+def _neighbours(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of x (B, N, C) that idx (B, M, k) names, (B, M, k, C), and which of them exist, (B, M, k, 1)."""
+    cloud = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[cloud, idx.clamp_min(0)], (idx >= 0)[..., None]
+
+
+def gather_max(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (*idx.shape[:2], x.shape[2])
+    if x.numel() == 0 or idx.numel() == 0:
+        return x[:0].sum().expand(shape).clone(), x.new_full(shape, -1, dtype=torch.int32)
+    values, slots = _first_largest(*_neighbours(x, idx), 2)
+    return values, slots.int()
+
+
+def neighbor_sum(x: Tensor, idx: Tensor) -> Tensor:
+    if x.numel() == 0 or idx.numel() == 0:
+        return x[:0].sum().expand(*idx.shape[:2], x.shape[2]).clone()
+    rows, valid = _neighbours(_widen(x), idx)
+    return torch.where(valid, rows, 0).sum(2).to(x.dtype)
 
 
 def _batch_norm(
@@ -189,12 +216,7 @@ def conv_bn_act_pool(
     h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
     h = F.leaky_relu(h, negative_slope)
     mean = torch.where(valid, h, 0).sum(1) / lengths[:, None].clamp_min(1)
-    # The first row that holds the maximum (a NaN is one).
-    h = h.masked_fill(~valid, -torch.inf)
-    largest = (h == h.amax(1, keepdim=True)) | h.isnan()
-    rows = torch.arange(n, device=x.device)[:, None].expand_as(h)
-    row = rows.masked_fill(~(largest & valid), n).amin(1, keepdim=True).clamp_max(n - 1)
-    largest = torch.where(lengths[:, None] > 0, h.gather(1, row).squeeze(1), 0)
+    largest, _ = _first_largest(h, valid, 1)
     return torch.cat([largest, mean], 1).to(dtype)
 
 

@@ -1,6 +1,8 @@
-// What both passes of EdgeConv share: the cut into channel blocks, centred clouds, and small products on
-// unpacked operands.
+// What the passes of EdgeConv, of one layer and of two, share: the cut into channel blocks, centred clouds,
+// statistics, and small products on unpacked operands.
 #pragma once
+
+#include <cmath>
 
 #include "crosspoint/edge_conv.h"
 #include "gemm.h"
@@ -32,22 +34,6 @@ struct ChannelBlocks {
   int64_t c_out, width, count;
 };
 
-template <class T>
-inline Vec<T> load_part(const T* p, int64_t valid) {
-  if (valid >= lanes<T>) return load(p);
-  Vec<T> v{};
-  std::memcpy(&v, p, valid * sizeof(T));
-  return v;
-}
-
-template <class T>
-inline void store_part(T* p, Vec<T> v, int64_t valid) {
-  if (valid >= lanes<T>)
-    store(p, v);
-  else
-    std::memcpy(p, &v, valid * sizeof(T));
-}
-
 // Asks for the same columns of a row that comes soon: rows of a channel block are too far apart for the
 // hardware to see the pattern.
 template <class T>
@@ -59,27 +45,6 @@ inline void prefetch_ahead(const T* row, int64_t columns, int64_t stride) {
 template <class T>
 inline auto leaky(T z, std::remove_reference_t<decltype(z[0])> slope) {
   return z > 0 ? z : z * slope;
-}
-
-template <class T>
-inline T sum_lanes(Vec<T> v) {
-  T line[lanes<T>];
-  store(line, v);
-  for (int half = lanes<T> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) line[l] += line[l + half];
-  return line[0];
-}
-
-// Calls f(number of vectors as a constant, first column) over the block's columns.
-template <class T, class F>
-inline void over_columns(int64_t columns, F&& f) {
-  constexpr int64_t L = lanes<T>;
-  constexpr int most = vector_bytes == 64 ? 4 : 2;
-  int64_t c = 0;
-  for (; c + most * L <= columns; c += most * L) f(std::integral_constant<int, most>{}, c);
-  if constexpr (most > 2)
-    for (; c + 2 * L <= columns; c += 2 * L) f(std::integral_constant<int, 2>{}, c);
-  for (; c < columns; c += L) f(std::integral_constant<int, 1>{}, c);
 }
 
 // acc += a b over `depth`, with a(r, p) = a[r * a_row + p * a_depth] (a_row = 1 if UnitRows) and b(p, :) =
@@ -212,6 +177,37 @@ inline void multiply_transposed(int64_t rows, const T* a, int64_t lda, int64_t a
   }
 }
 
+// About the mean of the nodes that have edges. Any constant would be right: this one keeps rounding small far
+// from the origin, and its few bits keep x - centre exact for points on a lattice, so that their ties stay
+// ties.
+template <class T>
+inline void choose_centre(int64_t n, int64_t c_in, const T* x, const int32_t* out_degree, T* centre) {
+  Buffer<double> sum(c_in), square(c_in);
+  for (int64_t c = 0; c < c_in; ++c) sum[c] = square[c] = 0;
+  int64_t nodes = 0;
+  for (int64_t i = 0; i < n; ++i, x += c_in) {
+    if (out_degree[i] == 0) continue;
+    ++nodes;
+    for (int64_t c = 0; c < c_in; ++c) {
+      const double value = x[c];
+      sum[c] += value;
+      square[c] += value * value;
+    }
+  }
+  for (int64_t c = 0; c < c_in; ++c) {
+    const double count = std::max<int64_t>(nodes, 1), mean = sum[c] / count,
+                 spread = std::sqrt(square[c] / count - mean * mean);
+    double rounded = mean;
+    if (spread > 0 && std::isfinite(spread)) {
+      int exponent;
+      std::frexp(spread, &exponent);
+      const double grid = std::ldexp(1.0, exponent - 2);  // between a quarter and half of the spread
+      rounded = std::nearbyint(mean / grid) * grid;
+    }
+    centre[c] = std::isfinite(rounded) ? T(rounded) : T(0);
+  }
+}
+
 // out = x - centre for one cloud; rows that no edge touches become 0, so that padding (NaN included) reaches
 // nothing.
 template <class T>
@@ -238,6 +234,109 @@ template <class T>
 inline double shift_of(const T* gamma, const T* beta, const double* rstd, const double* offset,
                        int64_t channel) {
   return scale_of(gamma, rstd, channel) * offset[channel] + (beta != nullptr ? double(beta[channel]) : 0.0);
+}
+
+// h of an edge from the centre to itself, which centring takes away; `row` is one of the weight, (2 c_in).
+template <class T>
+double centre_h(int64_t c_in, const T* row, const T* centre) {
+  double h = 0;
+  for (int64_t p = 0; p < c_in; ++p) h += double(row[c_in + p]) * centre[p];
+  return h;
+}
+
+// Per-cloud sums over the edges of centred h become batch statistics: within-cloud and between-cloud scatter
+// are added, so that clouds far from each other or from the origin cancel nothing. Replaces `offset` = mean of
+// the centre's own h by that - mean. Values are signed by gamma (null: as they are).
+template <class T>
+void finish_statistics(int64_t batch, int64_t channels, const int64_t* edges, const double* sums,
+                       const double* squares, const T* gamma, double eps, double* offset, double* rstd,
+                       double momentum, T* running_mean, T* running_var) {
+  int64_t count = 0;
+  for (int64_t b = 0; b < batch; ++b) count += edges[b];
+  Buffer<double> mean(channels), var(channels);
+  for (int64_t c = 0; c < channels; ++c) mean[c] = var[c] = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t c = 0; c < channels; ++c)
+      mean[c] += sums[b * channels + c] + edges[b] * offset[b * channels + c];
+  for (int64_t c = 0; c < channels; ++c) mean[c] /= std::max<int64_t>(count, 1);
+  for (int64_t b = 0; b < batch; ++b) {
+    const double cloud_edges = std::max<int64_t>(edges[b], 1);
+    for (int64_t c = 0; c < channels; ++c) {
+      double& constant = offset[b * channels + c];
+      constant -= mean[c];
+      if (edges[b] == 0) continue;
+      const double own = sums[b * channels + c] / cloud_edges,
+                   scatter = squares[b * channels + c] - own * sums[b * channels + c];
+      const double between = own + constant;
+      var[c] += (scatter < 0 ? 0 : scatter) + cloud_edges * between * between;
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    var[c] /= std::max<int64_t>(count, 1);
+    rstd[c] = 1 / std::sqrt(var[c] + eps);
+    if (running_mean == nullptr || count == 0) continue;
+    const double unbiased = var[c] * (count / double(std::max<int64_t>(count - 1, 1)));
+    running_mean[c] += T(momentum * (sign_of(gamma, c) * mean[c] - running_mean[c]));
+    running_var[c] += T(momentum * (unbiased - running_var[c]));
+  }
+}
+
+// weight's gradient from its parts by group (neighbour's and own's, each c_in x c_out, stride ldc), times
+// `factor` of each channel. Their clouds were centred; what that left out is `sums` of each cloud times its
+// centre, of which A's share cancels.
+template <class T>
+void finish_weight(int64_t batch, int64_t c_in, int64_t c_out, int64_t ldc, int64_t groups, const T* partial,
+                   const double* sums, const T* centres, bool training, const double* factor, T* grad_weight,
+                   const Parallel& parallel) {
+  parallel.ranges(c_in, std::max<int64_t>(1, 4096 / c_out), [&](int64_t begin, int64_t end) {
+    Buffer<double> neighbour(c_out), own(c_out);
+    for (int64_t p = begin; p < end; ++p) {
+      for (int64_t c = 0; c < c_out; ++c) neighbour[c] = own[c] = 0;
+      for (int64_t g = 0; g < groups; ++g) {
+        const T* rows = partial + (g * 2 * c_in + p) * ldc;
+        for (int64_t c = 0; c < c_out; ++c) {
+          neighbour[c] += rows[c];
+          own[c] += rows[c_in * ldc + c];
+        }
+      }
+      // With batch statistics `sums` add up to 0 over the clouds, so what the centres share may go before it
+      // is rounded.
+      double shared = 0;
+      if (training) {
+        for (int64_t b = 0; b < batch; ++b) shared += centres[b * c_in + p];
+        shared /= batch;
+      }
+      for (int64_t c = 0; c < c_out; ++c) neighbour[c] -= own[c];
+      for (int64_t b = 0; b < batch; ++b) {
+        const double centre = centres[b * c_in + p] - shared;
+        for (int64_t c = 0; c < c_out; ++c) own[c] += sums[b * ldc + c] * centre;
+      }
+      for (int64_t c = 0; c < c_out; ++c) {
+        grad_weight[c * 2 * c_in + p] = T(factor[c] * neighbour[c]);
+        grad_weight[c * 2 * c_in + c_in + p] = T(factor[c] * own[c]);
+      }
+    }
+  });
+}
+
+// out = leaky(scale * winner + shift) of every node, and 0 for nodes without an edge; the shift of a cloud
+// stands `shift_stride` behind that of the one before.
+template <class T>
+void activate(int64_t batch, int64_t n, int64_t c_out, const T* winner, const T* scale, const T* shift,
+              int64_t shift_stride, const int32_t* out_degree, T slope, T* out, const Parallel& parallel) {
+  constexpr int64_t L = lanes<T>;
+  parallel.ranges(batch * n, std::max<int64_t>(1, 16384 / c_out), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* from = winner + i * c_out;
+      const T* move = shift + i / n * shift_stride;
+      T* to = out + i * c_out;
+      for (int64_t c = 0; c < c_out; c += L) {
+        const int64_t rest = c_out - c;
+        const Vec<T> z = load_part(from + c, rest) * load_part(scale + c, rest) + load_part(move + c, rest);
+        store_part(to + c, out_degree[i] > 0 ? leaky(z, slope) : Vec<T>{}, rest);
+      }
+    }
+  });
 }
 
 }  // namespace crosspoint::CROSSPOINT_ISA

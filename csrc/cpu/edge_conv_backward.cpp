@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "edge_conv.h"
 
 namespace crosspoint::CROSSPOINT_ISA {
@@ -211,45 +209,6 @@ struct Scratch {
   Buffer<T> x, neighbour, own;
 };
 
-// weight's gradient from its parts by group (neighbour's and own's, each c_in x c_out). Their clouds were
-// centred; what that left out is `sums` of each cloud times its centre, of which A's share cancels.
-template <class T>
-void finish_weight(const EdgeConvBackwardArgs<T>& args, const Plan<T>& plan, const T* partial,
-                   const double* sums, const Parallel& parallel) {
-  const int64_t batch = args.batch, c_in = args.c_in, c_out = args.c_out,
-                ldc = plan.blocks.count * plan.blocks.width;
-  parallel.ranges(c_in, std::max<int64_t>(1, 4096 / c_out), [&](int64_t begin, int64_t end) {
-    Buffer<double> neighbour(c_out), own(c_out);
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t c = 0; c < c_out; ++c) neighbour[c] = own[c] = 0;
-      for (int64_t g = 0; g < plan.groups; ++g) {
-        const T* rows = partial + (g * 2 * c_in + p) * ldc;
-        for (int64_t c = 0; c < c_out; ++c) {
-          neighbour[c] += rows[c];
-          own[c] += rows[c_in * ldc + c];
-        }
-      }
-      // With batch statistics `sums` add up to 0 over the clouds, so what the centres share may go before it
-      // is rounded.
-      double shared = 0;
-      if (args.training) {
-        for (int64_t b = 0; b < batch; ++b) shared += args.saved.centre[b * c_in + p];
-        shared /= batch;
-      }
-      for (int64_t c = 0; c < c_out; ++c) neighbour[c] -= own[c];
-      for (int64_t b = 0; b < batch; ++b) {
-        const double centre = args.saved.centre[b * c_in + p] - shared;
-        for (int64_t c = 0; c < c_out; ++c) own[c] += sums[b * ldc + c] * centre;
-      }
-      for (int64_t c = 0; c < c_out; ++c) {
-        const double factor = double(sign_of(args.gamma, c)) * plan.scale[c];
-        args.grad_weight[c * 2 * c_in + p] = T(factor * neighbour[c]);
-        args.grad_weight[c * 2 * c_in + c_in + p] = T(factor * own[c]);
-      }
-    }
-  });
-}
-
 template <class T>
 void backward(const EdgeConvBackwardArgs<T>& args, const Parallel& parallel) {
   const int64_t batch = args.batch, n = args.n, c_in = args.c_in, c_out = args.c_out;
@@ -317,7 +276,11 @@ void backward(const EdgeConvBackwardArgs<T>& args, const Parallel& parallel) {
         for (int64_t i = begin; i < end; ++i) args.grad_x[i] += more[i];
       }
     });
-  if (args.grad_weight != nullptr) finish_weight(args, plan, partial_weight.data(), sums.data(), parallel);
+  if (args.grad_weight == nullptr) return;
+  Buffer<double> factor(c_out);
+  for (int64_t c = 0; c < c_out; ++c) factor[c] = double(sign_of(args.gamma, c)) * plan.scale[c];
+  finish_weight(batch, c_in, c_out, ldc, plan.groups, partial_weight.data(), sums.data(), saved.centre,
+                args.training, factor.data(), args.grad_weight, parallel);
 }
 
 }  // namespace

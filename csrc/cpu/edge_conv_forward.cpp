@@ -1,79 +1,9 @@
-#include <cmath>
-
 #include "edge_conv.h"
+#include "graph.h"
+#include "winners.h"
 
 namespace crosspoint::CROSSPOINT_ISA {
 namespace {
-
-template <class T>
-using Mask = decltype(Vec<T>{} > Vec<T>{});
-
-// The graph of every cloud turned around: the nodes whose edges lead to node j are from[start[j]] ...
-// from[start[j + 1] - 1], ascending.
-struct ReverseGraph {
-  Buffer<int64_t> start;  // (batch, n + 1)
-  Buffer<int32_t> from;   // (batch, n k)
-};
-
-void reverse_cloud(int64_t n, int64_t k, const int64_t* idx, const int32_t* in_degree, int64_t* start,
-                   int32_t* from) {
-  start[0] = 0;
-  for (int64_t j = 0; j < n; ++j) start[j + 1] = start[j] + in_degree[j];
-  // start[j] walks through j's range while that is filled, and so ends where the next one begins.
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t s = 0; s < k; ++s)
-      if (const int64_t j = idx[i * k + s]; j >= 0) from[start[j]++] = static_cast<int32_t>(i);
-  for (int64_t j = n; j > 0; --j) start[j] = start[j - 1];
-  start[0] = 0;
-}
-
-// Degrees of one cloud; returns its number of edges.
-int64_t count_degrees(int64_t n, int64_t k, const int64_t* idx, int32_t* out_degree, int32_t* in_degree) {
-  for (int64_t j = 0; j < n; ++j) in_degree[j] = 0;
-  int64_t edges = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    int32_t degree = 0;
-    for (int64_t s = 0; s < k; ++s)
-      if (const int64_t j = idx[i * k + s]; j >= 0) {
-        ++in_degree[j];
-        ++degree;
-      }
-    out_degree[i] = degree;
-    edges += degree;
-  }
-  return edges;
-}
-
-// About the mean of the nodes that have edges. Any constant would be right: this one keeps rounding small far
-// from the origin, and its few bits keep x - centre exact for points on a lattice, so that their ties stay
-// ties.
-template <class T>
-void choose_centre(int64_t n, int64_t c_in, const T* x, const int32_t* out_degree, T* centre) {
-  Buffer<double> sum(c_in), square(c_in);
-  for (int64_t c = 0; c < c_in; ++c) sum[c] = square[c] = 0;
-  int64_t nodes = 0;
-  for (int64_t i = 0; i < n; ++i, x += c_in) {
-    if (out_degree[i] == 0) continue;
-    ++nodes;
-    for (int64_t c = 0; c < c_in; ++c) {
-      const double value = x[c];
-      sum[c] += value;
-      square[c] += value * value;
-    }
-  }
-  for (int64_t c = 0; c < c_in; ++c) {
-    const double count = std::max<int64_t>(nodes, 1), mean = sum[c] / count,
-                 spread = std::sqrt(square[c] / count - mean * mean);
-    double rounded = mean;
-    if (spread > 0 && std::isfinite(spread)) {
-      int exponent;
-      std::frexp(spread, &exponent);
-      const double grid = std::ldexp(1.0, exponent - 2);  // between a quarter and half of the spread
-      rounded = std::nearbyint(mean / grid) * grid;
-    }
-    centre[c] = std::isfinite(rounded) ? T(rounded) : T(0);
-  }
-}
 
 // One channel block of one cloud.
 template <class T>
@@ -97,42 +27,6 @@ struct Block {
 
   int64_t position(int64_t i, int64_t c) const { return i * args.c_out + first + c; }
 };
-
-template <class T>
-Mask<T> is_nan(Vec<T> v) {
-  return v != v;
-}
-
-template <class T>
-Mask<T> is_finite(Vec<T> v) {
-  return v - v == Vec<T>{};
-}
-
-// Where v beats the m that came before it. Exact: a NaN wins and stays, and where gamma = 0 all values tie
-// unless 0 * v is NaN.
-template <bool Exact, class T>
-inline Mask<T> beats(Vec<T> v, Vec<T> m, [[maybe_unused]] Vec<T> dead) {
-  if constexpr (!Exact) return v > m;
-  const Mask<T> alive = dead == Vec<T>{};
-  return (alive & ((v > m) | (is_nan<T>(v) & ~is_nan<T>(m)))) |
-         (~alive & (~is_finite<T>(v) & is_finite<T>(m)));
-}
-
-template <class T>
-inline void store_slots(void* slots, int slot_bytes, int64_t position, Mask<T> slot, int64_t valid) {
-  using Lane = std::remove_reference_t<decltype(slot[0])>;
-  if (slot_bytes == 1) {
-    typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
-    const Bytes bytes = __builtin_convertvector(slot, Bytes);
-    std::memcpy(static_cast<uint8_t*>(slots) + position, &bytes, std::min<int64_t>(valid, lanes<T>));
-  } else {
-    Lane line[lanes<T>];
-    std::memcpy(line, &slot, sizeof slot);
-    int32_t* target = static_cast<int32_t*>(slots) + position;
-    for (int64_t l = 0; l < std::min<int64_t>(valid, lanes<T>); ++l)
-      target[l] = static_cast<int32_t>(line[l]);
-  }
-}
 
 // Maximum, slot and sum over the edges of every node, for V vectors of channels from column c of the block.
 // Not inlined: its accumulators need the registers.
@@ -237,19 +131,6 @@ __attribute__((noinline)) void gather_reverse(const Block<T>& block, const Rever
   }
 }
 
-template <class T>
-bool all_finite(const T* p, int64_t size) {
-  Vec<T> zero{};
-  int64_t i = 0;
-  for (; i + lanes<T> <= size; i += lanes<T>) {
-    const Vec<T> v = load(p + i);
-    zero += v - v;
-  }
-  T sum = sum_lanes<T>(zero);
-  for (; i < size; ++i) sum += p[i] - p[i];
-  return sum == T(0);
-}
-
 // A and B - A of every channel block, signed, as packed right operands.
 template <class T>
 struct PackedWeights {
@@ -276,72 +157,6 @@ struct PackedWeights {
   int64_t block_size;
   Buffer<T> neighbour, own;
 };
-
-// Per-cloud sums over edges become batch statistics: within-cloud and between-cloud scatter are added, so
-// that clouds far from each other or from the origin cancel nothing. Replaces `offset` = mean of the centre's
-// own h by that - mean.
-template <class T>
-void finish_statistics(const EdgeConvForwardArgs<T>& args, const int64_t* edges, const double* sums,
-                       const double* squares) {
-  const int64_t batch = args.batch, c_out = args.c_out;
-  int64_t count = 0;
-  for (int64_t b = 0; b < batch; ++b) count += edges[b];
-  Buffer<double> mean(c_out), var(c_out);
-  for (int64_t c = 0; c < c_out; ++c) mean[c] = var[c] = 0;
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t c = 0; c < c_out; ++c)
-      mean[c] += sums[b * c_out + c] + edges[b] * args.saved.offset[b * c_out + c];
-  for (int64_t c = 0; c < c_out; ++c) mean[c] /= std::max<int64_t>(count, 1);
-  for (int64_t b = 0; b < batch; ++b) {
-    const double cloud_edges = std::max<int64_t>(edges[b], 1);
-    for (int64_t c = 0; c < c_out; ++c) {
-      double& offset = args.saved.offset[b * c_out + c];
-      offset -= mean[c];
-      if (edges[b] == 0) continue;
-      const double own = sums[b * c_out + c] / cloud_edges,
-                   scatter = squares[b * c_out + c] - own * sums[b * c_out + c];
-      const double between = own + offset;
-      var[c] += (scatter < 0 ? 0 : scatter) + cloud_edges * between * between;
-    }
-  }
-  for (int64_t c = 0; c < c_out; ++c) {
-    var[c] /= std::max<int64_t>(count, 1);
-    args.saved.rstd[c] = 1 / std::sqrt(var[c] + args.eps);
-    if (args.running_mean == nullptr || count == 0) continue;
-    const double unbiased = var[c] * (count / double(std::max<int64_t>(count - 1, 1)));
-    const double signed_mean = sign_of(args.gamma, c) * mean[c];
-    args.running_mean[c] += T(args.momentum * (signed_mean - args.running_mean[c]));
-    args.running_var[c] += T(args.momentum * (unbiased - args.running_var[c]));
-  }
-}
-
-// out = leaky(scale * pending + shift), and 0 for nodes without an edge.
-template <class T>
-void activate(const EdgeConvForwardArgs<T>& args, const T* pending, const Parallel& parallel) {
-  constexpr int64_t L = lanes<T>;
-  const int64_t n = args.n, c_out = args.c_out;
-  Buffer<T> scale(c_out), shift(args.batch * c_out);
-  for (int64_t c = 0; c < c_out; ++c) scale[c] = T(scale_of(args.gamma, args.saved.rstd, c));
-  for (int64_t b = 0; b < args.batch; ++b)
-    for (int64_t c = 0; c < c_out; ++c)
-      shift[b * c_out + c] =
-          T(shift_of(args.gamma, args.beta, args.saved.rstd, args.saved.offset + b * c_out, c));
-  const T slope = T(args.negative_slope);
-  parallel.ranges(args.batch * n, std::max<int64_t>(1, 16384 / c_out), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* from = pending + i * c_out;
-      const T* move = shift.data() + i / n * c_out;
-      T* to = args.out + i * c_out;
-      const bool exists = args.saved.out_degree[i] > 0;
-      for (int64_t c = 0; c < c_out; c += L) {
-        const int64_t rest = c_out - c;
-        const Vec<T> z =
-            load_part(from + c, rest) * load_part(scale.data() + c, rest) + load_part(move + c, rest);
-        store_part(to + c, exists ? leaky(z, slope) : Vec<T>{}, rest);
-      }
-    }
-  });
-}
 
 // What all blocks share.
 template <class T>
@@ -387,21 +202,8 @@ void prepare_cloud(Pass<T>& pass, int64_t b) {
   pass.edges[b] = count_degrees(n, k, idx, out_degree, in_degree);
   choose_centre(n, c_in, args.x + b * n * c_in, out_degree, args.saved.centre + b * c_in);
   if (args.saved.in_sum == nullptr) return;
-  reverse_cloud(n, k, idx, in_degree, pass.reverse.start.data() + b * (n + 1),
+  reverse_cloud(n, n, k, idx, in_degree, pass.reverse.start.data() + b * (n + 1),
                 pass.reverse.from.data() + b * n * k);
-}
-
-// h of an edge from the centre to itself, which centring took away, less the mean where that is known.
-template <class T>
-void compute_offset(const EdgeConvForwardArgs<T>& args, int64_t b, int64_t first, int64_t channels) {
-  const T* centre = args.saved.centre + b * args.c_in;
-  for (int64_t c = first; c < first + channels; ++c) {
-    const T* row = args.weight + c * 2 * args.c_in + args.c_in;
-    double h = 0;
-    for (int64_t p = 0; p < args.c_in; ++p) h += double(row[p]) * centre[p];
-    if (!args.training && args.gamma != nullptr) h -= args.running_mean[c];
-    args.saved.offset[b * args.c_out + c] = sign_of(args.gamma, c) * h;
-  }
 }
 
 template <class T>
@@ -433,8 +235,12 @@ void run_block(Pass<T>& pass, int64_t b, int64_t which, Scratch<T>& scratch) {
   multiply_packed(n, width, &x, c_in, &neighbour_weight, c_in, 1, scratch.neighbour.data(), width, false);
   multiply_packed(n, width, &x, c_in, &own_weight, c_in, 1, scratch.own.data(), width, false);
 
-  compute_offset(args, b, first, channels);
-  const double* offset = saved.offset + b * c_out;
+  double* offset = saved.offset + b * c_out;
+  for (int64_t c = first; c < first + channels; ++c) {
+    const double h = centre_h(c_in, args.weight + c * 2 * c_in, saved.centre + b * c_in);
+    const bool known = !args.training && args.gamma != nullptr;
+    offset[c] = sign_of(args.gamma, c) * (known ? h - args.running_mean[c] : h);
+  }
   for (int64_t c = 0; c < width; ++c) {
     scratch.sums[c] = scratch.squares[c] = 0;
     const bool known = !args.training && c < channels;
@@ -502,8 +308,17 @@ void forward(const EdgeConvForwardArgs<T>& args, const Parallel& parallel) {
   });
 
   if (!args.training) return;
-  finish_statistics(args, pass.edges.data(), pass.sums.data(), pass.squares.data());
-  activate(args, pass.pending, parallel);
+  finish_statistics(args.batch, args.c_out, pass.edges.data(), pass.sums.data(), pass.squares.data(), args.gamma,
+                    args.eps, args.saved.offset, args.saved.rstd, args.momentum, args.running_mean,
+                    args.running_var);
+  Buffer<T> scale(args.c_out), shift(args.batch * args.c_out);
+  for (int64_t c = 0; c < args.c_out; ++c) scale[c] = T(scale_of(args.gamma, args.saved.rstd, c));
+  for (int64_t b = 0; b < args.batch; ++b)
+    for (int64_t c = 0; c < args.c_out; ++c)
+      shift[b * args.c_out + c] =
+          T(shift_of(args.gamma, args.beta, args.saved.rstd, args.saved.offset + b * args.c_out, c));
+  activate(args.batch, args.n, args.c_out, pass.pending, scale.data(), shift.data(), args.c_out,
+           args.saved.out_degree, T(args.negative_slope), args.out, parallel);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if !defined(CROSSPOINT_ISA)
 #error "CPU kernels are compiled once per instruction set, with CROSSPOINT_ISA naming the namespace"
@@ -56,6 +57,44 @@ inline V max(V a, V b) {
 template <class V>
 inline V min(V a, V b) {
   return a < b ? a : b;
+}
+
+// The first `valid` elements (or all), zeros beyond them.
+template <class T>
+inline Vec<T> load_part(const T* p, int64_t valid) {
+  if (valid >= lanes<T>) return load(p);
+  Vec<T> v{};
+  std::memcpy(&v, p, valid * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_part(T* p, Vec<T> v, int64_t valid) {
+  if (valid >= lanes<T>)
+    store(p, v);
+  else
+    std::memcpy(p, &v, valid * sizeof(T));
+}
+
+template <class T>
+inline T sum_lanes(Vec<T> v) {
+  T line[lanes<T>];
+  store(line, v);
+  for (int half = lanes<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) line[l] += line[l + half];
+  return line[0];
+}
+
+// Calls f(number of vectors as a constant, first column) over the block's columns.
+template <class T, class F>
+inline void over_columns(int64_t columns, F&& f) {
+  constexpr int64_t L = lanes<T>;
+  constexpr int most = vector_bytes == 64 ? 4 : 2;
+  int64_t c = 0;
+  for (; c + most * L <= columns; c += most * L) f(std::integral_constant<int, most>{}, c);
+  if constexpr (most > 2)
+    for (; c + 2 * L <= columns; c += 2 * L) f(std::integral_constant<int, 2>{}, c);
+  for (; c < columns; c += L) f(std::integral_constant<int, 1>{}, c);
 }
 
 }  // namespace crosspoint::CROSSPOINT_ISA

@@ -16,7 +16,18 @@ struct NeighborSumArgs {
   T* out;              // (batch, nodes, channels)
 };
 
+// The transpose of that: grad_x_j = sum of grad_i over the nodes i that have j among their neighbours.
+template <class T>
+struct NeighborSumBackwardArgs {
+  int64_t batch, n, nodes, k, channels;
+  const T* grad;       // (batch, nodes, channels)
+  const int64_t* idx;  // (batch, nodes, k)
+  T* grad_x;           // (batch, n, channels)
+};
+
 }  // namespace crosspoint
 
 CROSSPOINT_CPU_KERNEL(neighbor_sum, NeighborSumArgs<float>)
 CROSSPOINT_CPU_KERNEL(neighbor_sum, NeighborSumArgs<double>)
+CROSSPOINT_CPU_KERNEL(neighbor_sum_backward, NeighborSumBackwardArgs<float>)
+CROSSPOINT_CPU_KERNEL(neighbor_sum_backward, NeighborSumBackwardArgs<double>)
