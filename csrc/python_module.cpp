@@ -90,6 +90,28 @@ Array<T> sum(const Array<T>& x, const Array<int64_t>& idx, int count) {
   return out;
 }
 
+py::tuple cpu_features() {
+  py::list features;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define CROSSPOINT_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) features.append(name)
+  CROSSPOINT_FEATURE("sse4.2");
+  CROSSPOINT_FEATURE("avx");
+  CROSSPOINT_FEATURE("fma");
+  CROSSPOINT_FEATURE("avx2");
+  CROSSPOINT_FEATURE("avx512f");
+  CROSSPOINT_FEATURE("avx512bw");
+  CROSSPOINT_FEATURE("avx512dq");
+  CROSSPOINT_FEATURE("avx512vl");
+  CROSSPOINT_FEATURE("avx512bf16");
+#undef CROSSPOINT_FEATURE
+#elif defined(__aarch64__)
+  features.append("neon");
+#endif
+  return py::tuple(features);
+}
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -104,6 +126,7 @@ py::dict build_info() {
   info["variants"] = py::make_tuple("baseline");
 #endif
   info["variant"] = isa_name(isa());
+  info["cpu_features"] = cpu_features();
   return info;
 }
 

@@ -15,6 +15,9 @@ build_meta.build_sdist('$work')
 "
 mkdir "$work/source"
 tar -xzf "$work"/crosspoint-*.tar.gz -C "$work/source" --strip-components 1
+for path in CMakeLists.txt csrc/cmake/crosspoint-config.cmake.in csrc/python_module.cpp tests/cpp/example/main.cpp; do
+  test -f "$work/source/$path" || { echo "the sdist has no $path"; exit 1; }
+done
 (cd "$work/source" && "$build_python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" .)
 
 "$python" -m venv "$work/venv"
@@ -30,3 +33,4 @@ assert native and all(row.usable for row in native), native
 "
 "$work/venv/bin/crosspoint" info
 "$work/venv/bin/python" -m pytest -q -o pythonpath=tests/ops tests/ops -k "matches_reference and float32"
+"$work/venv/bin/python" -m pytest -q tests/test_numpy.py

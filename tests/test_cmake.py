@@ -32,17 +32,17 @@ def run(*command: str | Path, **env: str) -> str:
     return done.stdout
 
 
-def library(build: Path, *options: str) -> Path:
-    run("cmake", "-S", ROOT, "-B", build, *options)
-    run("cmake", "--build", build, "--target", "crosspoint", "--parallel", os.environ.get("MAX_JOBS") or "2")
-    return build
+def install(prefix: Path, *, shared: bool) -> Path:
+    """The library built and installed; a shared one is linked from the same objects as a static one."""
+    run("cmake", "-S", ROOT, "-B", BUILD, f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}")
+    run("cmake", "--build", BUILD, "--target", "crosspoint", "--parallel", os.environ.get("MAX_JOBS") or "2")
+    run("cmake", "--install", BUILD, "--prefix", prefix)
+    return prefix
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    prefix = tmp_path_factory.mktemp("prefix")
-    run("cmake", "--install", library(BUILD), "--prefix", prefix)
-    return prefix
+    return install(tmp_path_factory.mktemp("prefix"), shared=False)
 
 
 def built_example(tmp_path: Path, prefix: Path) -> Path:
@@ -60,6 +60,17 @@ def test_a_project_finds_the_installed_library(installed, tmp_path):
     assert neighbours.split()[0] == point and len(set(neighbours.split())) == 8
     low = run(example, CROSSPOINT_CPU="baseline")
     assert low.startswith("kernels: baseline\n") and low.splitlines()[1] == said.splitlines()[1]
+
+
+def test_a_project_links_the_shared_library(installed, tmp_path):
+    try:
+        install(tmp_path / "prefix", shared=True)
+    finally:
+        run("cmake", "-S", ROOT, "-B", BUILD, "-DBUILD_SHARED_LIBS=OFF")
+    example = built_example(tmp_path, tmp_path / "prefix")
+    static = built_example(tmp_path / "static", installed)
+    assert run(example) == run(static)
+    assert "libcrosspoint.so" in run("ldd", example) and "libcrosspoint" not in run("ldd", static)
 
 
 def test_only_public_headers_are_installed(installed):

@@ -371,6 +371,12 @@ def test_build_info():
     assert info["variant"] in info["variants"] and "baseline" in info["variants"]
     assert "-ffp-contract=fast" in info["flags"]
     assert info["compiler"].startswith(("gcc ", "clang "))
+    usable = {
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+        "avx2": {"avx2", "fma"},
+        "baseline": set(),
+    }
+    assert usable[info["variant"]] <= set(info["cpu_features"])
 
 
 def test_the_gil_is_released():

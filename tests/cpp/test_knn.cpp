@@ -114,6 +114,7 @@ void panels() {
   for (int64_t channels : {1, 2, 3, 5, 8}) own_neighbours<T>(2, 130, channels, 20);
   other_neighbours<T>(2, 33, 150, 3, 7);
   other_neighbours<T>(1, 50, 300, 3, 100);
+  own_neighbours<T>(1, 2100, 3, 70);  // more neighbours than the tree serves, more points than are looked at together
 }
 
 template <class T>
@@ -121,6 +122,7 @@ void filter() {
   for (int64_t channels : {9, 16, 33, 64, 131}) own_neighbours<T>(2, 110, channels, 20);
   other_neighbours<T>(2, 60, 150, 40, 7);
   other_neighbours<T>(1, 20, 300, 12, 100);
+  own_neighbours<T>(1, 2100, 12, 5);
 }
 
 template <class T>
