@@ -11,7 +11,19 @@ import torch
 
 from crosspoint.ops import _library
 
-__all__ = ["IMPLS", "BackendRow", "Question", "asking", "choose", "describe_backends", "register", "why_not"]
+__all__ = [
+    "IMPLS",
+    "BackendRow",
+    "Question",
+    "add_backend",
+    "asking",
+    "backends",
+    "choose",
+    "describe_backends",
+    "operator",
+    "register",
+    "why_not",
+]
 
 IMPLS = ("auto", "native", "triton", "reference")
 _DEVICES = ("cpu", "cuda")
@@ -59,6 +71,23 @@ def register(op: str, *operators: str, limits: dict[str, Callable[..., str | Non
         _limits[op, backend] = limit
 
 
+def add_backend(backend: str, op: str, device: str, why_not: str | None = None) -> None:
+    """Enter another backend of `op` on a type of device, behind those that are there; `why_not`: that it cannot run."""
+    rows = _table[op, device]
+    reference = rows.pop("reference")
+    rows.update({backend: why_not, "reference": reference})
+
+
+def backends(op: str, device: str) -> tuple[str, ...]:
+    """What `impl` may name for such tensors beside "auto", in the order that "auto" prefers."""
+    return tuple(_table.get((op, device), IMPLS[1:]))
+
+
+def operator(name: str, backend: str) -> Callable:
+    """The operator by which a backend does `name`: crosspoint::name is native, crosspoint::name_B is that of B."""
+    return getattr(torch.ops.crosspoint, name if backend == "native" else f"{name}_{backend}")
+
+
 def _why_not_native(operators: tuple[str, ...], device: str) -> str | None:
     if _library.load_error is not None:
         return _library.load_error
@@ -84,8 +113,9 @@ def choose(op: str, impl: str, device: torch.device, **traits: object) -> str:
     """The backend that runs `op` on `device`: `impl` itself, or the first usable one for "auto"."""
     if not torch.compiler.is_compiling() and getattr(asking, "active", False):
         raise Question(op, impl, device, traits)
-    if impl not in IMPLS:
-        raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    rows = backends(op, device.type)
+    if impl != "auto" and impl not in rows:
+        raise ValueError(f"{op}: impl must be one of {', '.join(map(repr, ('auto', *rows)))}, got {impl!r}")
     if impl == "reference":
         return impl
     if impl != "auto":
@@ -93,7 +123,7 @@ def choose(op: str, impl: str, device: torch.device, **traits: object) -> str:
         if why is not None:
             raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} tensors: {why}")
         return impl
-    for backend in _table.get((op, device.type), ()):
+    for backend in rows:
         if why_not(op, backend, device.type, traits) is None:
             return backend
     return "reference"
@@ -103,7 +133,7 @@ def why_not(op: str, backend: str, device: str, traits: dict[str, object]) -> st
     """None where `backend` can run such a call of `op`, else why it cannot."""
     if backend == "reference":
         return None
-    if (op, device) not in _table:
+    if backend not in _table.get((op, device), ()):
         return f"no kernels for {device} tensors; use impl='reference'"
     why = _table[op, device][backend]
     if why is None and (op, backend) in _limits:

@@ -76,8 +76,7 @@ def explain(op: str | Callable, *args: object, **kwargs: object) -> Explanation:
     device = asked.device.type
     backends = {
         backend: _dispatch.why_not(name, backend, device, asked.traits)
-        for backend in _dispatch.IMPLS
-        if backend != "auto"
+        for backend in _dispatch.backends(name, device)
     }
     try:
         runs = _dispatch.choose(name, asked.impl, asked.device, **asked.traits)

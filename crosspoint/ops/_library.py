@@ -13,7 +13,9 @@ __all__ = [
     "build_info",
     "cpu_variant",
     "define",
+    "define_like",
     "has_kernel",
+    "implement",
     "implement_triton",
     "load_error",
 ]
@@ -22,20 +24,33 @@ __all__ = [
 LIBRARY_PATH = Path(os.environ.get("CROSSPOINT_LIBRARY") or Path(__file__).parent / "libcrosspoint_ops.so")
 
 _namespace = torch.library.Library("crosspoint", "DEF")
+_fakes: dict[str, tuple[str, Callable]] = {}  # operator -> its schema without the name, its shape function
 
 
 def define(schema: str, fake: Callable) -> None:
     """Define the operator `schema`, with `fake` as its shape function; backends add kernels to it."""
-    name = schema.partition("(")[0]
+    name, parenthesis, signature = schema.partition("(")
+    _fakes[name] = (parenthesis + signature, fake)
     _namespace.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"crosspoint::{name}", fake, lib=_namespace)
 
 
+def define_like(name: str, backend: str) -> None:
+    """Define `name`_`backend`, the operator by which another backend serves what operator `name` does."""
+    signature, fake = _fakes[name]
+    define(f"{name}_{backend}{signature}", fake)
+
+
+def implement(name: str, run: Callable, key: str) -> None:
+    """Let `run` implement operator `name` for a dispatch key of torch ("CPU", "CUDA")."""
+    _namespace.impl(name, run, key)
+
+
 def implement_triton(name: str, run: Callable) -> None:
     """Let `run` implement operator `name` on CUDA tensors; on the CPU too where Triton interprets its kernels."""
-    _namespace.impl(name, run, "CUDA")
+    implement(name, run, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _namespace.impl(name, run, "CPU")
+        implement(name, run, "CPU")
 
 
 def has_kernel(name: str, device_type: str) -> bool:

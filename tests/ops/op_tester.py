@@ -325,8 +325,9 @@ class OpTester(ABC):
             self.run(call.clone(), "reference")
         assert asked.seen
         assert not plain.seen
-        suffix = "_triton" if impl == "triton" else ""
-        assert all(name.endswith("_triton") == bool(suffix) for name in asked.seen)
+        others = {row.backend for row in ops.describe_backends()} - {impl}
+        assert impl == "native" or all(name.endswith(f"_{impl}") for name in asked.seen)
+        assert not any(name.endswith(f"_{other}") for name in asked.seen for other in others)
 
     def test_unknown_impl_is_refused(self):
         call = next(iter(self.cases().values()))()
@@ -337,7 +338,7 @@ class OpTester(ABC):
         from crosspoint.ops import _dispatch
 
         call = next(iter(self.cases().values()))()
-        rows = dict.fromkeys(("native", "triton"), "not built, says the test")
+        rows = dict.fromkeys(_dispatch.backends(self.op, "cpu"), "not built, says the test")
         monkeypatch.setitem(_dispatch._table, (self.op, "cpu"), {**rows, "reference": None})
         with pytest.raises(RuntimeError, match="not built, says the test"):
             self.run(call.clone(), "native")
