@@ -66,9 +66,7 @@ def knn_graph(
     backend = _dispatch.choose("knn_graph", impl, x.device)
     if backend == "reference":
         return reference.knn_graph(x.detach(), k, lengths=lengths, include_self=include_self)
-    if backend == "triton":
-        return torch.ops.crosspoint.knn_graph_triton(x.detach(), k, lengths, include_self)
-    return torch.ops.crosspoint.knn_graph(x.detach(), k, lengths, include_self)
+    return _dispatch.operator("knn_graph", backend)(x.detach(), k, lengths, include_self)
 
 
 def knn(
@@ -149,16 +147,16 @@ def _triton_kernels():
     return knn
 
 
-for _backend in ("", "_triton"):
-    _library.define(
-        f"knn_graph{_backend}(Tensor x, SymInt k, Tensor? lengths, bool include_self) -> Tensor",
-        _knn_graph_fake,
-    )
-    _library.define(
-        f"knn{_backend}(Tensor query, Tensor points, SymInt k, Tensor? lengths_query, Tensor? lengths_points)"
-        " -> (Tensor dist2, Tensor idx)",
-        _knn_fake,
-    )
+_library.define(
+    "knn_graph(Tensor x, SymInt k, Tensor? lengths, bool include_self) -> Tensor", _knn_graph_fake
+)
+_library.define(
+    "knn(Tensor query, Tensor points, SymInt k, Tensor? lengths_query, Tensor? lengths_points)"
+    " -> (Tensor dist2, Tensor idx)",
+    _knn_fake,
+)
+_library.define_like("knn_graph", "triton")
+_library.define_like("knn", "triton")
 _library.implement_triton("knn_graph_triton", lambda *args: _triton_kernels().knn_graph(*args))
 _library.implement_triton("knn_triton", lambda *args: _triton_kernels().knn(*args))
 
@@ -166,8 +164,7 @@ _library.implement_triton("knn_triton", lambda *args: _triton_kernels().knn(*arg
 class _Knn(torch.autograd.Function):
     @staticmethod
     def forward(query, points, k, lengths_query, lengths_points, backend):
-        operator = torch.ops.crosspoint.knn_triton if backend == "triton" else torch.ops.crosspoint.knn
-        return operator(query, points, k, lengths_query, lengths_points)
+        return _dispatch.operator("knn", backend)(query, points, k, lengths_query, lengths_points)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
