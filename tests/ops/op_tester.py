@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from crosspoint import ops
@@ -247,6 +248,17 @@ class OpTester(ABC):
     def compile_cases(cls) -> list[str]:
         """Cases that differ in their sizes, for static and dynamic compilation."""
         return list(cls.cases())[:2]
+
+    def test_reads_no_value_on_the_host(self, backend):
+        """Forward and backward on tensors that have a shape and no data: reading a value of one is an error."""
+        impl, device = backend
+        call = next(iter(self.cases().values()))().to(torch.float32).on(device)
+        shapes = [out.shape for out in self.outputs(self.run(call.clone(), impl))]
+        with FakeTensorMode() as mode:
+            fake = call.map(mode.from_tensor)
+            assert [out.shape for out in self.outputs(self.run(fake, impl))] == shapes
+            if self.differentiable:
+                self.gradients(fake, lambda c: self.run(c, impl))
 
     def test_func_grad_equals_autograd(self, backend):
         if not self.differentiable:
