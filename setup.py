@@ -245,6 +245,14 @@ def describe_build(torch_version: str, cuda: Cuda | str, compiler: str) -> str:
     return "\\n".join(facts).replace('"', "'")
 
 
+def is_fresh(built: Path, needs: Path, recipe: Path, command: str) -> bool:
+    """Whether the object is newer than the files it was made from (the compiler's list), by this very command."""
+    if not (built.exists() and needs.exists() and recipe.exists()) or recipe.read_text() != command:
+        return False
+    files = needs.read_text().partition(":")[2].replace("\\\n", " ").split()
+    return all(Path(file).exists() and Path(file).stat().st_mtime < built.stat().st_mtime for file in files)
+
+
 class BuildOperatorLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_host"):
@@ -302,26 +310,18 @@ class BuildOperatorLibrary(build_ext):
         )
 
     def compile_units(self, units: list[Unit], cuda: Cuda | str = "") -> list[str]:
-        headers = max(path.stat().st_mtime for path in CSRC.rglob("*.h"))
-
         def compile_unit(unit: Unit) -> str:
             relative = unit.source.relative_to(ROOT)
             built = Path(self.build_temp, unit.label, relative).with_suffix(".o")
-            include = [f"-I{CSRC / 'include'}", f"-I{CSRC}"]
             if unit.source.suffix == ".cu":
                 command = [cuda.nvcc, *NVCC_FLAGS]
             else:
                 command = [*self.compiler.compiler_so_cxx, *COMMON_FLAGS]
-            command += ["-c", str(relative), "-o", str(built), *unit.flags, *include]
-            # The command stands beside the object: other flags, another torch or another toolkit compile anew.
+            needs = built.with_suffix(".d")
+            command += ["-c", str(relative), "-o", str(built), "-MMD", "-MF", str(needs), *unit.flags]
+            command += ["-Icsrc/include", "-Icsrc"]
             recipe = built.with_suffix(".txt")
-            fresh = (
-                built.exists()
-                and built.stat().st_mtime > max(unit.source.stat().st_mtime, headers)
-                and recipe.exists()
-                and recipe.read_text() == " ".join(command)
-            )
-            if self.force or not fresh:
+            if self.force or not is_fresh(built, needs, recipe, " ".join(command)):
                 built.parent.mkdir(parents=True, exist_ok=True)
                 self.spawn(command)
                 recipe.write_text(" ".join(command))
