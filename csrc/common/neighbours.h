@@ -45,6 +45,16 @@ struct NeighbourKey<float> {
   }
   CROSSPOINT_HD inline int32_t index() const { return static_cast<int32_t>(bits); }
   CROSSPOINT_HD inline bool operator<(NeighbourKey other) const { return bits < other.bits; }
+
+  // The same for a number of any sign in place of the distance.
+  CROSSPOINT_HD static inline NeighbourKey of_score(float score, int32_t index) {
+    NeighbourKey key = of(score, index);
+    if (key.bits < 0) key.bits ^= INT64_C(0x7fffffff) << 32;
+    return key;
+  }
+  CROSSPOINT_HD inline float score() const {
+    return NeighbourKey{bits < 0 ? bits ^ INT64_C(0x7fffffff) << 32 : bits}.distance();
+  }
 };
 
 template <>

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/knn_bound.h"
 #include "crosspoint/knn.h"
 #include "knn_distance.h"
 
@@ -232,12 +233,7 @@ class FilteredSearch {
   }
 
  private:
-  struct Bound {
-    double norm2;    // |x"|^2
-    double moved;    // e
-    double product;  // E
-    double direct;   // how far, as a factor, a direct distance may be off
-    double tiny;     // what underflow may take from one
+  struct Bound : FilterBound {
     bool usable;
   };
 
@@ -294,10 +290,7 @@ class FilteredSearch {
   // No s of a point that may be among the k nearest exceeds the result, given that k points have s <= t, and
   // that k distances are at most `limit`.
   T cut(const Bound& bound, T t, T limit) const {
-    const double near2 = std::max(0.0, 2 * (static_cast<double>(t) + bound.product) + bound.norm2);
-    const double root = std::min(std::sqrt(near2) + bound.moved, std::sqrt(std::max<double>(limit, 0)));
-    const double reach = std::sqrt(root * root * bound.direct + bound.tiny) + bound.moved;
-    const double s = (reach * reach - bound.norm2) / 2 + bound.product;
+    const double s = filter_cut(bound, t, limit);
     return s < static_cast<double>(std::numeric_limits<T>::max()) ? static_cast<T>(s) : infinity<T>;
   }
 

@@ -2,6 +2,7 @@
 #include "crosspoint/cuda/knn.h"
 
 #include "cuda/knn_cloud.h"
+#include "cuda/knn_filter.h"
 #include "cuda/knn_general.h"
 #include "cuda/knn_tree.h"
 
@@ -21,11 +22,13 @@ cudaError_t search_general(const KnnArgs<T>& a, cudaStream_t stream) {
                 Search<T>{a}, per_cloud, blocks);
 }
 
+constexpr int64_t kFewChannels = 8;
+
 int64_t cloud_stride(const KnnArgs<float>& a) { return (a.candidates + kCloudPad - 1) / kCloudPad * kCloudPad; }
 int64_t cloud_depth(const KnnArgs<float>& a) { return a.channels <= 3 ? 3 : 8; }
 
 bool cloud_supports(const KnnArgs<float>& a) {
-  return a.channels >= 1 && a.channels <= 8 && a.k <= kMostListed && a.candidates <= kMostCloudBytes &&
+  return a.channels >= 1 && a.channels <= kFewChannels && a.k <= kMostListed && a.candidates <= kMostCloudBytes &&
          cloud_depth(a) * cloud_stride(a) * int64_t(sizeof(float)) <= kMostCloudBytes;
 }
 
@@ -52,6 +55,9 @@ KnnPath chosen(const KnnArgs<float>& a, KnnPath path) {
   const bool large = a.candidates > kTreeLeast ||
                      (a.candidates >= kTreeLeastOfMany && a.batch * a.queries >= kManyQueries);
   if (large && tree_supports(a)) return KnnPath::tree;
+  // By channels and k alone: two paths sum distances of many channels in different orders, and padding or the rest
+  // of a batch must not change an answer.
+  if (a.channels > kFewChannels && filter_supports(a)) return KnnPath::filter;
   return cloud_supports(a) ? KnnPath::cloud : KnnPath::general;
 }
 
@@ -67,12 +73,17 @@ bool knn_supports(const KnnArgs<float>& a, KnnPath path) {
     case KnnPath::general: return true;
     case KnnPath::cloud: return cloud_supports(a);
     case KnnPath::tree: return tree_supports(a);
+    case KnnPath::filter: return filter_supports(a);
     default: return false;
   }
 }
 
 size_t knn_workspace(const KnnArgs<float>& a, KnnPath path) {
-  return chosen(a, path) == KnnPath::tree ? tree_workspace(a) : 0;
+  switch (chosen(a, path)) {
+    case KnnPath::tree: return tree_workspace(a);
+    case KnnPath::filter: return filter_workspace(a);
+    default: return 0;
+  }
 }
 size_t knn_workspace(const KnnArgs<double>&, KnnPath) { return 0; }
 
@@ -83,6 +94,7 @@ cudaError_t knn(const KnnArgs<float>& a, void* workspace, cudaStream_t stream, K
   switch (path) {
     case KnnPath::cloud: return search_cloud(a, stream);
     case KnnPath::tree: return search_tree(a, workspace, stream);
+    case KnnPath::filter: return search_filter(a, workspace, stream);
     default: return search_general(a, stream);
   }
 }

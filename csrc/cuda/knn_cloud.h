@@ -4,7 +4,7 @@
 // cloud in order of index instead.
 #pragma once
 
-#include "cuda/knn_list.h"
+#include "cuda/knn_select.h"
 
 namespace crosspoint::cuda {
 
@@ -15,67 +15,6 @@ inline constexpr int kStreamedQueries = 4;  // where they are computed twice
 inline constexpr int kCloudBlockQueries = 16;
 inline constexpr int kCloudPad = 256;  // the cloud is padded to as many points
 inline constexpr int64_t kMostCloudBytes = 96 << 10;
-
-// Groups whose n-th smallest minimum bounds the n-th distance well; n <= 0.69 of them, or 0.5 of the most.
-__host__ __device__ constexpr int groups_for(int n) { return n <= 22 ? 32 : n <= 44 ? 64 : n <= 88 ? 128 : 256; }
-
-// The n-th smallest of 32 values, one in each lane.
-__device__ __forceinline__ float nth_of_warp(float value, int n) {
-#pragma unroll
-  for (int run = 2; run <= kWarp; run *= 2)
-#pragma unroll
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, value, stride);
-      const bool least = ((lane_id() & stride) == 0) == ((lane_id() & run) == 0);
-      value = least ? fminf(value, other) : fmaxf(value, other);
-    }
-  return __shfl_sync(kAllLanes, value, n - 1);
-}
-
-// The n-th smallest of groups' minima, 8 in each lane of which groups_for(n) / 32 are told apart; `space` has room
-// for as many keys as groups.
-__device__ __forceinline__ float nth_of_groups(float (&minima)[8], int n, NeighbourKey<float>* space) {
-  const int groups = groups_for(n);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (groups <= 128) minima[i] = fminf(minima[i], minima[i + 4]);
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (groups <= 64) minima[i] = fminf(minima[i], minima[i + 2]);
-  if (groups <= 32) return nth_of_warp(fminf(minima[0], minima[1]), n);
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i * kWarp < groups) space[i * kWarp + lane_id()] = NeighbourKey<float>::of(minima[i], 0);
-  __syncwarp();
-  sort_keys(space, groups);
-  const float nth = space[n - 1].distance();
-  __syncwarp();
-  return nth;
-}
-
-// Writes the first `wanted` of keys[0, count), at most 64, by counting for each how many precede it.
-__device__ __forceinline__ void write_ranked(const NeighbourKey<float>* keys, int count, int wanted, Row<float> row,
-                                             int64_t at) {
-  using Key = NeighbourKey<float>;
-  const int lane = lane_id();
-  const Key low = lane < count ? keys[lane] : Key::last();
-  const Key high = lane + kWarp < count ? keys[lane + kWarp] : Key::last();
-  int rank_low = 0, rank_high = 0;
-  if (count <= kWarp) {
-#pragma unroll 4
-    for (int j = 0; j < count; ++j) rank_low += keys[j] < low;
-  } else {
-#pragma unroll 4
-    for (int j = 0; j < count; ++j) {
-      const Key key = keys[j];
-      rank_low += key < low;
-      rank_high += key < high;
-    }
-  }
-  if (lane < count && rank_low < wanted) row.write(at + rank_low, low);
-  if (lane + kWarp < count && rank_high < wanted) row.write(at + rank_high, high);
-}
 
 // One cloud in shared memory, (C, stride): NaN after the last point, zeros where the points have fewer channels.
 template <int C>
@@ -90,12 +29,6 @@ struct SharedCloud {
     return sum;
   }
 };
-
-template <int C>
-__device__ __forceinline__ void load_query(const float* from, int channels, float (&query)[C]) {
-#pragma unroll
-  for (int c = 0; c < C; ++c) query[c] = c < channels ? from[c] : 0.f;
-}
 
 // The list of one query by going through the whole cloud; sorted, at most `wanted`.
 template <int C>

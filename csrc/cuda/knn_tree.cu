@@ -7,8 +7,9 @@
 #include "cuda/knn_tree.h"
 
 #include "common/curve.h"
-#include "cuda/knn_cloud.h"
+#include "cuda/knn_select.h"
 #include "cuda/radix_sort.h"
+#include "cuda/workspace.h"
 
 namespace crosspoint::cuda {
 namespace {
@@ -53,24 +54,6 @@ struct Tree {
   __device__ __forceinline__ float* side(int64_t b, int side, int level, int i) const {
     return boxes + (b * 2 * kAxes + side) * layout.boxes + layout.offset(level) + i;
   }
-};
-
-// Cuts the workspace into pieces; null gives their total size.
-class Pieces {
- public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
 };
 
 Tree plan(const KnnArgs<float>& a, Pieces& pieces) {

@@ -14,7 +14,8 @@ enum class KnnPath {
   automatic,
   general,  // any channels, points and k: tiles of direct differences
   cloud,    // up to 8 channels, the cloud in shared memory, k up to 128
-  tree      // up to 3 channels, many points, k up to 128: boxes around points in the order of a curve
+  tree,     // up to 3 channels, many points, k up to 128: boxes around points in the order of a curve
+  filter    // k up to 128: tensor cores sort out candidates
 };
 
 // Whether `path` can run the search.
