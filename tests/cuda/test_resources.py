@@ -34,6 +34,12 @@ TUNED = {
         "knn_cloud<8, true>": (128, 3),
         "knn_cloud<8, false>": (128, 3),
     },
+    "knn_filter.cu": {
+        "knn_filter<8>": (512, 1),
+        "knn_filter<4>": (512, 1),
+        "filter_pack": (128, 6),
+        "filter_centre": (256, 4),
+    },
     "knn_tree.cu": {
         "knn_tree": (128, 6),
         "tree_divide": (1024, 1),
