@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,8 +53,7 @@ def knn_cases() -> Iterator[Case]:
         )
 
 
-def edge_conv_cases() -> Iterator[Case]:
-    b, n, k = 8, 1024, 20
+def edge_conv_cases(impl: str = "native", b: int = 8, n: int = 1024, k: int = 20) -> Iterator[Case]:
     for c_in, c_out in ((3, 64), (64, 64), (64, 128), (128, 256)):
         x = torch.randn(b, n, c_in)
         idx = ops.knn_graph(x, k)
@@ -67,7 +66,7 @@ def edge_conv_cases() -> Iterator[Case]:
 
         def ours(x=x, idx=idx, params=(weight, gamma, beta), mean=mean, var=var) -> list[Tensor]:
             x, weight, gamma, beta = values = leaves(x, *params)
-            y = ops.edge_conv(x, idx, weight, gamma, beta, mean, var, training=True, impl="native")
+            y = ops.edge_conv(x, idx, weight, gamma, beta, mean, var, training=True, impl=impl)
             y.square().mean().backward()
             return [y.detach(), *(v.grad for v in values)]
 
@@ -82,8 +81,8 @@ def edge_conv_cases() -> Iterator[Case]:
         yield f"edge_conv {c_in} -> {c_out}, forward + backward", ours, plain, close(1e-2)
 
 
-def nt_xent_cases() -> Iterator[Case]:
-    for n in (256, 1024, 4096):
+def nt_xent_cases(impl: str = "native", sizes: Sequence[int] = (256, 1024, 4096)) -> Iterator[Case]:
+    for n in sizes:
         z = torch.randn(2, n, 256)
 
         def step(loss: Callable[[Tensor, Tensor], Tensor], z=z) -> list[Tensor]:
@@ -99,7 +98,7 @@ def nt_xent_cases() -> Iterator[Case]:
 
         yield (
             f"nt_xent N={n}, D=256, forward + backward",
-            lambda step=step: step(lambda a, b: ops.nt_xent(a, b, 0.1, impl="native")),
+            lambda step=step: step(lambda a, b: ops.nt_xent(a, b, 0.1, impl=impl)),
             lambda step=step, plain=plain: step(plain),
             close(1e-4),
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from crosspoint.ops import _library
+from crosspoint.ops import _library, _preferences
 
 __all__ = [
     "IMPLS",
@@ -62,11 +62,12 @@ def register(op: str, *operators: str, limits: dict[str, Callable[..., str | Non
     `choose` (dtype, k, ...), which returns None or why this backend cannot run such a call.
     """
     for device in _DEVICES:
-        _table[op, device] = {
+        rows = {
             "native": _why_not_native(operators, device),
             "triton": _why_not_triton(op, operators, device),
             "reference": None,
         }
+        _table[op, device] = {backend: rows[backend] for backend in _preferences.order(op, device)}
     for backend, limit in (limits or {}).items():
         _limits[op, backend] = limit
 

@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA GPU can show, in under 9 minutes and without a network:
+# build, the operators' battery on the device, compute-sanitizer, determinism, CUDA graphs, streams, memory, speeds.
+#   scripts/gpu_check.sh [--rehearse] [--only OP] OUT
+# writes OUT/gpu_check.json, OUT/table.txt and OUT/log.txt. A stage that fails or runs out of time loses nothing else:
+# what each has found so far is in OUT too.
+# --rehearse runs the same on the CPU, tiny, and says of the rest that it needs a GPU. PYTHON=... names the interpreter.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+device=cuda only=() tests=tests/ops out=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --rehearse) device=cpu ;;
+    --only) only=(--only "${2:?--only needs an operator}"); tests=tests/ops/test_$2.py; shift ;;
+    -*) echo "usage: scripts/gpu_check.sh [--rehearse] [--only OP] OUT" >&2; exit 2 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+if [ -z "$out" ]; then echo "usage: scripts/gpu_check.sh [--rehearse] [--only OP] OUT" >&2; exit 2; fi
+case $tests in */test_knn_graph.py) tests=tests/ops/test_knn.py ;; esac
+
+python=${PYTHON:-python3}
+if [ $device = cuda ] && ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "gpu_check: torch sees no GPU here; --rehearse runs what can run without one" >&2
+  exit 2
+fi
+mkdir -p "$out" build/gpu_check
+rm -f "$out"/{stages.tsv,log.txt,table.txt,{gpu_check,environment,behaviour,speeds}.json}
+deadline=${GPU_CHECK_SECONDS:-520}
+
+# stage NAME LIMIT COMMAND...: its output goes to the log; its fate, seconds and last line to stages.tsv
+stage() {
+  local name=$1 limit=$2 began=$SECONDS status left=$((deadline - SECONDS)) log=build/gpu_check/$1.log
+  shift 2
+  [ "$left" -lt "$limit" ] && limit=$left
+  : > "$log"
+  if [ "$limit" -lt 5 ]; then
+    status="no time left"
+  else
+    echo "== $name" >> "$out/log.txt"
+    timeout --kill-after=5 "$limit" "$@" > "$log" 2>&1
+    case $? in
+      0) status=passed ;;
+      77) status="needs a GPU" ;;
+      124 | 137) status="timed out" ;;
+      *) status=failed ;;
+    esac
+    cat "$log" >> "$out/log.txt"
+  fi
+  printf '%s\t%s\t%s\t%s\n' "$name" "$status" $((SECONDS - began)) "$(tail -n 1 "$log" | tr '\t' ' ' | cut -c 1-300)" |
+    tee -a "$out/stages.tsv"
+}
+
+# An interpreter that has this checkout as crosspoint, besides the packages of $PYTHON.
+install() {
+  if "$python" -c "
+import pathlib, sys
+import crosspoint, crosspoint.kernels
+sys.exit(pathlib.Path(crosspoint.kernels.__file__).resolve().parents[1] != pathlib.Path.cwd())"; then
+    return 0
+  fi
+  "$python" -m venv --without-pip "$venv" &&
+    "$python" -c "
+import glob, sysconfig
+site = glob.glob('$venv/lib/python3*/site-packages')[0]
+open(site + '/packages.pth', 'w').write('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" &&
+    CROSSPOINT_BUILD=0 "$python" -m pip --python "$venv/bin/python" --disable-pip-version-check install --quiet --no-index \
+      --no-deps --no-build-isolation --editable .
+}
+
+build() {
+  if [ $device = cpu ]; then
+    "$python" -c "from crosspoint.ops import _library; print(_library.load_error or _library.build_info())"
+    echo "csrc/cuda is built where torch has CUDA: needs a GPU"
+    return 77
+  fi
+  local capability
+  capability=$("$python" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+  CROSSPOINT_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} "$python" setup.py build_ext --inplace
+}
+
+battery() {
+  local which=(tests/ops/test_knn.py -k "TestKnnGraph and matches_reference and float32") code
+  [ $device = cuda ] && which=("$tests" -k cuda)
+  "$python" -m pytest -q -p no:cacheprovider "${which[@]}" > build/gpu_check/battery.txt
+  code=$?
+  cat build/gpu_check/battery.txt
+  [ $code = 0 ] && tail -n 1 build/gpu_check/battery.txt | grep -q ' passed'  # skipping everything is no pass
+}
+
+# All four tools on the same small calls; initcheck on every kernel, since it must see who wrote what ours read.
+sanitizers() {
+  local run=("$python" -m benchmarks.gpu_check small --device $device "${only[@]}") failed=0 tool filter
+  if [ $device = cpu ]; then
+    "${run[@]}" --out build/gpu_check/small.json && return 77
+    return 1
+  fi
+  command -v compute-sanitizer || export PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
+  for tool in memcheck racecheck synccheck initcheck; do
+    filter=(--kernel-name kns=crosspoint)
+    [ $tool = initcheck ] && filter=()
+    echo "== $tool"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --kill-after=5 40 compute-sanitizer --tool $tool --error-exitcode 9 "${filter[@]}" \
+      "${run[@]}" --out build/gpu_check/small.json || { echo "== $tool failed: $?"; failed=1; }
+  done
+  return $failed
+}
+
+export -f install build battery sanitizers
+venv=$PWD/build/gpu_check/venv
+export python device tests venv
+check() { stage "$1" "$2" "$python" -m benchmarks.gpu_check "$1" --device $device --out "$out/$1.json" "${@:3}"; }
+
+stage install 30 bash -c install
+[ -x "$venv/bin/python" ] && python=$venv/bin/python
+stage build 240 bash -c build
+check environment 30
+check behaviour 60 "${only[@]}"
+check speeds 120 --seconds 90 "${only[@]}"
+stage battery 150 bash -c battery
+stage sanitizers 170 bash -c "only=(${only[*]}); sanitizers"
+"$python" -m benchmarks.gpu_check summary --out "$out" || exit 1
+! cut -f 2 "$out/stages.tsv" | grep -qv -e '^passed$' -e '^needs a GPU$'
