@@ -133,23 +133,27 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def _forward_fake(z1: Tensor, z2: Tensor, temperature: Tensor, within_views: bool, symmetric: bool):
+def _forward_fake(z1, z2, temperature, within_views, symmetric, first_row, rows):
     dtype = _compute_dtype(z1)
-    return z1.new_empty((), dtype=dtype), z1.new_empty((2, z1.shape[0]), dtype=dtype)
+    return z1.new_empty((), dtype=dtype), z1.new_empty((2, rows), dtype=dtype)
 
 
-def _backward_fake(grad, z1, z2, temperature, row_losses, within_views, symmetric):
-    return z1.new_empty(z1.shape), z1.new_empty(z1.shape), z1.new_empty((), dtype=_compute_dtype(z1))
+def _backward_fake(grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows):
+    dz1, dz2 = (z1.new_empty((rows, z1.shape[1])) for _ in range(2))
+    return dz1, dz2, z1.new_empty((), dtype=_compute_dtype(z1))
 
 
+# Rows are the samples [first_row, first_row + rows) of both views, columns all samples; `loss` is the mean over the
+# rows, `grad` that of the mean over all columns, whose row losses the backward is given.
 _library.define(
-    "nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric)"
-    " -> (Tensor loss, Tensor row_losses)",
+    "nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric,"
+    " SymInt first_row, SymInt rows) -> (Tensor loss, Tensor row_losses)",
     _forward_fake,
 )
 _library.define(
     "nt_xent_backward(Tensor grad, Tensor z1, Tensor z2, Tensor temperature, Tensor row_losses,"
-    " bool within_views, bool symmetric) -> (Tensor dz1, Tensor dz2, Tensor dtemperature)",
+    " bool within_views, bool symmetric, SymInt first_row, SymInt rows)"
+    " -> (Tensor dz1, Tensor dz2, Tensor dtemperature)",
     _backward_fake,
 )
 
@@ -159,7 +163,7 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def forward(z1, z2, temperature, within_views, symmetric):
-        return torch.ops.crosspoint.nt_xent(z1, z2, temperature, within_views, symmetric)
+        return torch.ops.crosspoint.nt_xent(z1, z2, temperature, within_views, symmetric, 0, z1.shape[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -170,18 +174,16 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        return (
-            *_ContrastBackward.apply(grad, *ctx.saved_tensors, ctx.within_views, ctx.symmetric),
-            None,
-            None,
-        )
+        rows = ctx.saved_tensors[0].shape[0]
+        grads = _ContrastBackward.apply(grad, *ctx.saved_tensors, ctx.within_views, ctx.symmetric, 0, rows)
+        return *grads, None, None
 
 
 class _ContrastBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, z1, z2, temperature, row_losses, within_views, symmetric):
+    def forward(grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows):
         return torch.ops.crosspoint.nt_xent_backward(
-            grad, z1, z2, temperature, row_losses, within_views, symmetric
+            grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows
         )
 
     @staticmethod

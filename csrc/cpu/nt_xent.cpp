@@ -1,5 +1,6 @@
-// NT-Xent, forward: the tiles of the upper triangle, reduced to one sum of exponentials per row.
+// NT-Xent, forward: the tiles of the upper triangle, reduced to one sum of exponentials per row, or two with labels.
 #include "common/contrast.h"
+#include "nt_xent_labels.h"
 #include "nt_xent_tiles.h"
 
 namespace crosspoint::CROSSPOINT_ISA {
@@ -50,7 +51,22 @@ struct TileSums {
   double row_sum[tile];
   alignas(64) T column_sum[tile];
 
-  // Of a tile where `exclude` has marked what is no negative.
+  // Of a tile where `exclude` has marked what takes no part.
+  void take(const T* x, int64_t rows, int64_t columns, const Exponents<T>& exponents) {
+    if (exponents.shared)
+      take<true>(x, rows, columns, exponents.bound);
+    else
+      take<false>(x, rows, columns, T(0));
+  }
+
+  void add_rows(int64_t rows, LogSum* to) const {
+    for (int64_t i = 0; i < rows; ++i) to[i].add(row_bound[i], row_sum[i]);
+  }
+  void add_columns(int64_t columns, LogSum* to) const {
+    for (int64_t j = 0; j < columns; ++j) to[j].add(column_bound[j], column_sum[j]);
+  }
+
+ private:
   template <bool shared>
   void take(const T* x, int64_t rows, int64_t columns, T bound) {
     constexpr int64_t L = lanes<T>;
@@ -74,7 +90,6 @@ struct TileSums {
     }
   }
 
- private:
   void find_bounds(const T* x, int64_t rows, int64_t columns) {
     constexpr int64_t L = lanes<T>;
     const Vec<T> lowest = splat(std::numeric_limits<T>::lowest());
@@ -91,7 +106,8 @@ struct TileSums {
   }
 };
 
-// Excludes from tile (a, b) the padding, up to a whole vector, and each row's own entry or its positive.
+// Excludes from tile (a, b) the padding, up to a whole vector, each row's own entry, and with two views its
+// positive.
 template <class T>
 void exclude(const Views<T>& views, int64_t a, int64_t b, T* x) {
   constexpr T lowest = std::numeric_limits<T>::lowest();
@@ -102,17 +118,25 @@ void exclude(const Views<T>& views, int64_t a, int64_t b, T* x) {
     for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = lowest;
 }
 
+// The sums of all rows: of the negatives and, with labels, of the positives.
 template <class T>
-void forward(const NtXentForward<T>& args, const Parallel& parallel) {
-  if (args.samples == 0) {
-    *args.loss = T(0);
-    return;
+struct RowSums {
+  RowSums(const Views<T>& views, bool labelled) : negatives(views.nodes() * tile) {
+    fill(negatives.data(), views.nodes() * tile, LogSum());
+    if (!labelled) return;
+    positives = Buffer<LogSum>(views.nodes() * tile);
+    totals = Buffer<double>(views.nodes() * tile);
+    fill(positives.data(), views.nodes() * tile, LogSum());
+    fill(totals.data(), views.nodes() * tile, 0.0);
   }
-  const Views<T> views(args, parallel);
-  const Exponents<T> exponents(args.temperature);
-  Buffer<LogSum> negatives(views.nodes() * tile);
-  fill(negatives.data(), views.nodes() * tile, LogSum());
 
+  Buffer<LogSum> negatives, positives;
+  Buffer<double> totals;  // of the positives' exponents themselves
+};
+
+template <class T>
+void sum_tiles(const NtXentForward<T>& args, const Views<T>& views, const Exponents<T>& exponents,
+               RowSums<T>& to, const Parallel& parallel) {
   struct Scratch {
     ScratchTile<T> similarities;
     TileSums<T> sums;
@@ -121,41 +145,119 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
     T* x = scratch.similarities.data;
     views.similarities(a, b, T(exponents.scale), x);
     exclude(views, a, b, x);
-    if (exponents.shared)
-      scratch.sums.template take<true>(x, views.count(a), views.count(b), exponents.bound);
-    else
-      scratch.sums.template take<false>(x, views.count(a), views.count(b), T(0));
+    scratch.sums.take(x, views.count(a), views.count(b), exponents);
   };
-  const auto merge = [&](int64_t a, int64_t b, const Scratch& scratch) {
-    const TileSums<T>& sums = scratch.sums;
-    for (int64_t i = 0; i < views.count(a); ++i)
-      negatives[a * tile + i].add(sums.row_bound[i], sums.row_sum[i]);
-    if (a != b)
-      for (int64_t j = 0; j < views.count(b); ++j)
-        negatives[b * tile + j].add(sums.column_bound[j], sums.column_sum[j]);
+  const auto merge = [&](int64_t a, int64_t b, bool mutual, const Scratch& scratch) {
+    scratch.sums.add_rows(views.count(a), to.negatives.data() + a * tile);
+    if (mutual) scratch.sums.add_columns(views.count(b), to.negatives.data() + b * tile);
   };
-  Rounds(views.blocks(), args.within_views).run(parallel, [] { return Scratch(); }, compute, merge);
+  visit_tiles(views, args.within_views, parallel, [] { return Scratch(); }, compute, merge);
+}
 
-  Buffer<double> totals(views.blocks());
-  parallel.ranges(views.blocks(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t other = views.blocks() + block;
-      double total = 0;
-      for (int64_t i = 0; i < views.count(block); ++i) {
-        const double positive = views.positive(block, i) / args.temperature;
-        for (int view = 0; view < 2; ++view) {
-          const double lse = negatives[(view == 0 ? block : other) * tile + i].log2() / log2_e;
-          const double loss = view == 0 || args.symmetric ? softplus(lse - positive) : 0;
-          args.row_losses[view * args.samples + views.first(block) + i] = T(loss);
-          total += loss;
-        }
-      }
-      totals[block] = total;
-    }
+template <class T>
+void sum_labelled_tiles(const Views<T>& views, const Labels<T>& labels, const Exponents<T>& exponents,
+                        RowSums<T>& to, const Parallel& parallel) {
+  struct Scratch {
+    ScratchTile<T> similarities;
+    TileSums<T> negatives, positives;
+    PositiveTile<T> taken;
+    bool any;
+  };
+  const auto compute = [&](int64_t a, int64_t b, Scratch& scratch) {
+    T* x = scratch.similarities.data;
+    const int64_t rows = views.count(a), columns = views.count(b);
+    views.similarities(a, b, T(exponents.scale), x);
+    exclude(views, a, b, x);
+    scratch.any = scratch.taken.take(x, rows, columns, labels.of(a), labels.of(b));
+    scratch.negatives.take(x, rows, columns, exponents);
+    if (scratch.any) scratch.positives.take(scratch.taken.entries.data, rows, columns, exponents);
+  };
+  const auto merge = [&](int64_t a, int64_t b, bool mutual, const Scratch& scratch) {
+    const int64_t rows = views.count(a), columns = views.count(b);
+    scratch.negatives.add_rows(rows, to.negatives.data() + a * tile);
+    if (mutual) scratch.negatives.add_columns(columns, to.negatives.data() + b * tile);
+    if (!scratch.any) return;
+    scratch.positives.add_rows(rows, to.positives.data() + a * tile);
+    for (int64_t i = 0; i < rows; ++i) to.totals[a * tile + i] += scratch.taken.row_total[i];
+    if (!mutual) return;
+    scratch.positives.add_columns(columns, to.positives.data() + b * tile);
+    for (int64_t j = 0; j < columns; ++j) to.totals[b * tile + j] += scratch.taken.column_total[j];
+  };
+  visit_tiles(views, true, parallel, [] { return Scratch(); }, compute, merge);
+}
+
+// Sums of f(own block) over the own blocks, in their order.
+template <class F>
+double sum_over_blocks(int64_t blocks, const Parallel& parallel, F&& f) {
+  Buffer<double> totals(blocks);
+  parallel.ranges(blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) totals[block] = f(block);
   });
   double total = 0;
-  for (int64_t block = 0; block < views.blocks(); ++block) total += totals[block];
-  *args.loss = T(total / double(args.symmetric ? 2 * args.samples : args.samples));
+  for (int64_t block = 0; block < blocks; ++block) total += totals[block];
+  return total;
+}
+
+template <class T>
+void forward(const NtXentForward<T>& args, const Parallel& parallel) {
+  *args.loss = T(0);
+  if (args.rows == 0) return;
+  const Views<T> views(args, parallel);
+  const Exponents<T> exponents(args.temperature);
+  const Labels<T> labels(args, views, parallel);
+  RowSums<T> sums(views, args.labels != nullptr);
+  if (args.labels == nullptr)
+    sum_tiles(args, views, exponents, sums, parallel);
+  else
+    sum_labelled_tiles(views, labels, exponents, sums, parallel);
+
+  const auto paired = [&](int64_t own) {
+    const int64_t block = views.own_block(own), other = views.blocks() + block;
+    double total = 0;
+    for (int64_t i = 0; i < views.count(block); ++i) {
+      const double positive = views.cosine(block, i, other, i) / args.temperature;
+      for (int view = 0; view < 2; ++view) {
+        const double lse = sums.negatives[(view == 0 ? block : other) * tile + i].log2() / log2_e;
+        const double loss = view == 0 || args.symmetric ? softplus(lse - positive) : 0;
+        args.row_losses[view * args.rows + views.first_row(block) + i] = T(loss);
+        total += loss;
+      }
+    }
+    return total;
+  };
+  const auto labelled = [&](int64_t own) {
+    const int64_t node = views.own_node(own);
+    double total = 0;
+    for (int64_t i = 0; i < views.count(node); ++i) {
+      const int64_t row = node * tile + i, count = labels.count(node, i);
+      double loss = 0, lse = std::numeric_limits<double>::infinity();
+      if (count > 0) {
+        double positives = sums.positives[row].log2() / log2_e;
+        double mean = sums.totals[row] / (count * log2_e);
+        if (count == 1) {
+          const int64_t partner = labels.partner(node, i);
+          positives = mean = views.cosine(node, i, partner / tile, partner % tile) / args.temperature;
+        }
+        const double push = softplus(sums.negatives[row].log2() / log2_e - positives);
+        loss = push + (positives - mean);
+        lse = positives + push - 1 / std::abs(args.temperature);
+      }
+      args.row_losses[views.first_row(node) + i] = T(loss);
+      args.row_lse[views.first_row(node) + i] = T(lse);
+      total += loss;
+    }
+    return total;
+  };
+  const int64_t blocks = views.own_blocks();
+  int64_t averaged = args.symmetric ? 2 * args.rows : args.rows;
+  double total;
+  if (args.labels == nullptr) {
+    total = sum_over_blocks(blocks, parallel, paired);
+  } else {
+    total = sum_over_blocks(blocks, parallel, labelled);
+    averaged = rows_with_positives(args.row_lse, args.rows);
+  }
+  *args.loss = T(averaged == 0 ? 0 : total / double(averaged));
 }
 
 }  // namespace

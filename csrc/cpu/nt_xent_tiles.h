@@ -44,30 +44,57 @@ struct ScratchTile {
   alignas(64) T data[tile * tile] = {};
 };
 
-// Both views, normalised, cut into blocks of `tile` rows: block b of view v is node v * blocks + b.
+// Both views (or the one set), normalised, cut into blocks of `tile` rows: block b of view v is node
+// v * blocks + b. A block is either all rows ("own") or none, so the columns are cut where the rows begin
+// and end.
 template <class T>
 class Views {
  public:
   Views(const ContrastInput<T>& input, const Parallel& parallel)
-      : samples_(input.samples),
+      : views_(input.z2 == nullptr ? 1 : 2),
+        samples_(input.samples),
         channels_(input.channels),
-        blocks_((samples_ + tile - 1) / tile),
+        first_row_(input.first_row),
+        end_row_(input.first_row + input.rows),
+        own_begin_(blocks_of(first_row_)),
+        own_end_(own_begin_ + blocks_of(input.rows)),
+        blocks_(own_end_ + blocks_of(samples_ - end_row_)),
         stride_((channels_ + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns),
         rows_(nodes() * tile * stride_),
         transposed_(nodes() * tile * channels_),
         norms_(nodes() * tile) {
     parallel.ranges(nodes(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t node = begin; node < end; ++node) normalise(node, node < blocks_ ? input.z1 : input.z2);
+      for (int64_t node = begin; node < end; ++node) normalise(node, view(node) == 0 ? input.z1 : input.z2);
     });
   }
 
-  int64_t blocks() const { return blocks_; }
-  int64_t nodes() const { return 2 * blocks_; }
+  int64_t views() const { return views_; }
+  int64_t blocks() const { return blocks_; }  // of a view
+  int64_t nodes() const { return views_ * blocks_; }
+  int64_t own_blocks() const { return own_end_ - own_begin_; }
+  int64_t own_nodes() const { return views_ * own_blocks(); }
+  // The i-th own block of the first view, and the i-th own node: those of the first view, then the second's.
+  int64_t own_block(int64_t i) const { return own_begin_ + i; }
+  int64_t own_node(int64_t i) const { return i / own_blocks() * blocks_ + own_block(i % own_blocks()); }
+  bool own(int64_t node) const { return node % blocks_ >= own_begin_ && node % blocks_ < own_end_; }
+  int64_t view(int64_t node) const { return node / blocks_; }
   int64_t channels() const { return channels_; }
   int64_t stride() const { return stride_; }
   int64_t samples() const { return samples_; }
-  int64_t first(int64_t node) const { return node % blocks_ * tile; }
-  int64_t count(int64_t node) const { return std::min(tile, samples_ - first(node)); }
+  // First sample of a node, and number of its samples.
+  int64_t first(int64_t node) const {
+    const int64_t block = node % blocks_;
+    if (block < own_begin_) return block * tile;
+    if (block < own_end_) return first_row_ + (block - own_begin_) * tile;
+    return end_row_ + (block - own_end_) * tile;
+  }
+  int64_t count(int64_t node) const {
+    const int64_t block = node % blocks_;
+    const int64_t end = block < own_begin_ ? first_row_ : block < own_end_ ? end_row_ : samples_;
+    return std::min(tile, end - first(node));
+  }
+  // Where the rows of an own node stand among the rows of its view.
+  int64_t first_row(int64_t node) const { return first(node) - first_row_; }
   // The rows of a node: count x channels, `stride` apart, zeros beyond the last channel.
   const T* rows(int64_t node) const { return rows_.data() + node * tile * stride_; }
   // Their lengths before normalisation.
@@ -75,9 +102,9 @@ class Views {
   // channels x tile, zeros beyond the last row.
   const T* transposed(int64_t node) const { return transposed_.data() + node * tile * channels_; }
 
-  // Cosine of row i of a block of the first view with its positive.
-  double positive(int64_t block, int64_t i) const {
-    return dot(rows(block) + i * stride_, rows(blocks_ + block) + i * stride_, channels_);
+  // Cosine of row i of node a with row j of node b.
+  double cosine(int64_t a, int64_t i, int64_t b, int64_t j) const {
+    return dot(rows(a) + i * stride_, rows(b) + j * stride_, channels_);
   }
 
   // Cosines of the rows of node a with the rows of node b, times `scale`.
@@ -103,6 +130,8 @@ class Views {
   }
 
  private:
+  static int64_t blocks_of(int64_t samples) { return (samples + tile - 1) / tile; }
+
   void normalise(int64_t node, const T* z) {
     for (int64_t i = 0; i < count(node); ++i) {
       const T* source = z + (first(node) + i) * channels_;
@@ -117,7 +146,7 @@ class Views {
                transposed_.data() + node * tile * channels_);
   }
 
-  int64_t samples_, channels_, blocks_, stride_;
+  int64_t views_, samples_, channels_, first_row_, end_row_, own_begin_, own_end_, blocks_, stride_;
   Buffer<T> rows_;
   Buffer<T> transposed_;
   Buffer<double> norms_;
@@ -139,38 +168,39 @@ struct Exponents {
   T bound;
 };
 
-// The tiles that make up the matrix, as tasks: all tiles of a group of nodes with another group (or with
-// itself), in rounds. A group is in exactly one task of a round: the tasks of a round touch different rows,
-// and a row sees its tiles in the same order whatever the number of threads.
+// The tiles of own rows against own columns, as tasks: all tiles of a group of own nodes with another group
+// (or with itself), in rounds. A group is in exactly one task of a round: the tasks of a round touch different
+// rows, and a row sees its tiles in the same order whatever the number of threads.
 class Rounds {
  public:
-  Rounds(int64_t blocks, bool within_views)
-      : blocks_(blocks),
+  Rounds(int64_t blocks, int64_t views, bool within_views)
+      : nodes_(blocks * views),
         // Larger groups re-use a node while it is in the cache, smaller ones occupy more threads.
-        members_(std::max<int64_t>(1, std::min<int64_t>(4, blocks / 10))),
-        groups_((blocks + members_ - 1) / members_),
+        members_(std::max<int64_t>(1, std::min<int64_t>(4, nodes_ / 20))),
         within_views_(within_views),
-        done_(2 * groups_) {
-    fill(done_.data(), 2 * groups_, int64_t(0));
+        // Across views, groups keep to a view; within them, round r pairs a with b where a + b = r modulo the
+        // number of groups, which is even.
+        groups_of_view_((blocks + members_ - 1) / members_),
+        groups_(within_views ? ((nodes_ + members_ - 1) / members_ + 1) / 2 * 2 : 2 * groups_of_view_),
+        blocks_(blocks),
+        done_(groups_) {
+    fill(done_.data(), groups_, int64_t(0));
   }
 
-  // For every tile (a, b), a <= b where the matrix is symmetric: compute(a, b, scratch) at any time, then
-  // merge(a, b, scratch) when a and b have finished their earlier rounds; only merge may write to what
-  // belongs to the rows of a and b.
+  // For every pair (a, b) of own nodes, a <= b where the matrix is symmetric: compute(a, b, scratch) at any
+  // time, then merge(a, b, scratch) when a and b have finished their earlier rounds; only merge may write to
+  // what belongs to the rows of a and b.
   template <class MakeScratch, class Compute, class Merge>
   void run(const Parallel& parallel, MakeScratch&& make_scratch, Compute&& compute, Merge&& merge) {
-    const int64_t slots = within_views_ ? groups_ + 1 : groups_;
-    const int64_t rounds = within_views_ ? 2 * groups_ : groups_;
+    const int64_t half = groups_ / 2;
+    const int64_t slots = within_views_ ? half + 1 : half, rounds = within_views_ ? groups_ : half;
     parallel.items(rounds * slots, make_scratch, [&](int64_t position, auto& scratch) {
       const int64_t round = position / slots, slot = position % slots;
-      int64_t first = slot, second = groups_ + (slot + round) % groups_;
+      int64_t first = slot, second = half + (slot + round) % half;
       if (within_views_) {
-        // Round r pairs a with b where a + b = r modulo the number of groups, which is even.
-        if (round % 2 == 1 && slot == groups_) return;
-        const int64_t all = 2 * groups_;
-        first = ((round + 1) / 2 + slot) % all;
-        second = (round / 2 - slot + all) % all;
-        if (first > second) swap(first, second);
+        if (round % 2 == 1 && slot == half) return;
+        const int64_t a = ((round + 1) / 2 + slot) % groups_, b = (round / 2 - slot + groups_) % groups_;
+        first = std::min(a, b), second = std::max(a, b);
       }
       bool waiting = true;
       for (int64_t i = 0; i < size(first); ++i) {
@@ -184,22 +214,23 @@ class Rounds {
           merge(a, b, scratch);
         }
       }
+      if (waiting) wait(round, first, second);  // there are no tiles with the empty group that makes them even
       __atomic_store_n(done_.data() + first, round + 1, __ATOMIC_RELEASE);
       __atomic_store_n(done_.data() + second, round + 1, __ATOMIC_RELEASE);
     });
   }
 
  private:
-  int64_t size(int64_t group) const { return std::min(members_, blocks_ - group % groups_ * members_); }
-  int64_t node(int64_t group, int64_t i) const {
-    return group / groups_ * blocks_ + group % groups_ * members_ + i;
+  // Groups of nodes, numbered as own nodes; across views, those of the second view start anew.
+  int64_t start(int64_t group) const {
+    const bool second_view = !within_views_ && group >= groups_of_view_;
+    return second_view ? blocks_ + (group - groups_of_view_) * members_ : group * members_;
   }
-
-  static void swap(int64_t& a, int64_t& b) {
-    const int64_t old = a;
-    a = b;
-    b = old;
+  int64_t size(int64_t group) const {
+    const int64_t end = within_views_ || group >= groups_of_view_ ? nodes_ : blocks_;
+    return std::max<int64_t>(0, std::min(members_, end - start(group)));
   }
+  int64_t node(int64_t group, int64_t i) const { return start(group) + i; }
 
   // Tasks are handed out in order, so those that this waits for are already running.
   void wait(int64_t round, int64_t first, int64_t second) const {
@@ -208,9 +239,43 @@ class Rounds {
         if (spins > 256) sched_yield();
   }
 
-  int64_t blocks_, members_, groups_;
+  int64_t nodes_, members_;
   bool within_views_;
+  int64_t groups_of_view_, groups_, blocks_;
   Buffer<int64_t> done_;
 };
+
+// All tiles of own rows: compute(a, b, scratch), then merge(a, b, mutual, scratch), which adds the tile to the
+// rows of a and, if mutual, to those of b too, whose tile with a is not visited.
+template <class T, class MakeScratch, class Compute, class Merge>
+void visit_tiles(const Views<T>& views, bool within_views, const Parallel& parallel,
+                 MakeScratch&& make_scratch, Compute&& compute, Merge&& merge) {
+  const int64_t own = views.own_nodes();
+  if (own == 0) return;
+  Rounds(views.own_blocks(), views.views(), within_views)
+      .run(
+          parallel, make_scratch,
+          [&](int64_t a, int64_t b, auto& scratch) {
+            compute(views.own_node(a), views.own_node(b), scratch);
+          },
+          [&](int64_t a, int64_t b, auto& scratch) {
+            merge(views.own_node(a), views.own_node(b), a != b, scratch);
+          });
+  if (views.own_blocks() == views.blocks()) return;
+  // Against the columns that are no rows. Several rows at a time re-use a column while it is in the cache.
+  const int64_t members = std::max<int64_t>(1, std::min<int64_t>(4, own / 20));
+  parallel.items((own + members - 1) / members, make_scratch, [&](int64_t group, auto& scratch) {
+    const int64_t begin = group * members, end = std::min(own, begin + members);
+    for (int64_t b = 0; b < views.nodes(); ++b) {
+      if (views.own(b)) continue;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t a = views.own_node(i);
+        if (!within_views && views.view(a) == views.view(b)) continue;
+        compute(a, b, scratch);
+        merge(a, b, false, scratch);
+      }
+    }
+  });
+}
 
 }  // namespace crosspoint::CROSSPOINT_ISA

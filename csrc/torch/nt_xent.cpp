@@ -1,4 +1,4 @@
-// NT-Xent and InfoNCE for CPU tensors.
+// NT-Xent, InfoNCE and the supervised contrastive loss for CPU tensors.
 #include "crosspoint/nt_xent.h"
 
 #include "common.h"
@@ -6,60 +6,108 @@
 namespace crosspoint::binding {
 namespace {
 
-template <class T>
-void fill_input(ContrastInput<T>& args, const Tensor& z1, const Tensor& z2, const Tensor& temperature,
-                bool within_views, bool symmetric) {
-  args.samples = z1.size(0);
-  args.channels = z1.size(1);
-  args.z1 = data<T>(z1);
-  args.z2 = data<T>(z2);
-  args.temperature = double(*data<T>(temperature));
-  args.within_views = within_views;
-  args.symmetric = symmetric;
-}
+// What the rows are contrasted with, in the dtype that is computed in.
+struct Columns {
+  Columns(const Tensor& z, const Tensor& t, int64_t first_row, int64_t rows)
+      : dtype(compute_dtype(z)), z1(dense(z, dtype)), temperature(dense(t, dtype)), first_row(first_row), rows(rows) {}
 
-std::tuple<Tensor, Tensor> nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views,
-                                   bool symmetric) {
-  const ScalarType dtype = compute_dtype(z1);
-  z1 = dense(z1, dtype);
-  z2 = dense(z2, dtype);
-  temperature = dense(temperature, dtype);
-  Tensor loss = new_tensor(z1, {}, dtype);
-  Tensor row_losses = new_tensor(z1, {2, z1.size(0)}, dtype);
-  with_compute_type(dtype, [&](auto zero) {
+  void pair(const Tensor& z, bool within, bool both) {
+    z2 = dense(z, dtype);
+    within_views = within;
+    symmetric = both;
+  }
+
+  template <class T>
+  void fill(ContrastInput<T>& args) const {
+    args.samples = z1.size(0);
+    args.channels = z1.size(1);
+    args.first_row = first_row;
+    args.rows = rows;
+    args.z1 = data<T>(z1);
+    args.z2 = z2 ? data<T>(*z2) : nullptr;
+    args.labels = labels ? data<int64_t>(*labels) : nullptr;
+    args.temperature = double(*data<T>(temperature));
+    args.within_views = within_views;
+    args.symmetric = symmetric;
+  }
+
+  Tensor new_result(std::vector<int64_t> shape) const { return new_tensor(z1, shape, dtype); }
+  Tensor new_gradient() const { return new_result({rows, z1.size(1)}); }
+
+  ScalarType dtype;
+  Tensor z1, temperature;
+  int64_t first_row, rows;
+  std::optional<Tensor> z2, labels;
+  bool within_views = true;
+  bool symmetric = false;
+};
+
+void run_forward(const Columns& columns, Tensor& loss, Tensor& row_losses, Tensor* row_lse) {
+  with_compute_type(columns.dtype, [&](auto zero) {
     using T = decltype(zero);
     NtXentForward<T> args;
-    fill_input(args, z1, z2, temperature, within_views, symmetric);
+    columns.fill(args);
     args.loss = mutable_data<T>(loss);
     args.row_losses = mutable_data<T>(row_losses);
+    args.row_lse = row_lse == nullptr ? nullptr : mutable_data<T>(*row_lse);
     nt_xent_forward(args, torch_pool());
   });
+}
+
+void run_backward(const Columns& columns, Tensor grad, Tensor row_losses, const Tensor* row_lse, Tensor& dz1,
+                  Tensor* dz2, Tensor& dtemperature) {
+  grad = dense(grad, columns.dtype);
+  row_losses = dense(row_losses, columns.dtype);
+  with_compute_type(columns.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    NtXentBackward<T> args;
+    columns.fill(args);
+    args.grad = double(*data<T>(grad));
+    args.row_losses = data<T>(row_losses);
+    args.row_lse = row_lse == nullptr ? nullptr : data<T>(*row_lse);
+    args.dz1 = mutable_data<T>(dz1);
+    args.dz2 = dz2 == nullptr ? nullptr : mutable_data<T>(*dz2);
+    args.dtemperature = mutable_data<T>(dtemperature);
+    nt_xent_backward(args, torch_pool());
+  });
+}
+
+std::tuple<Tensor, Tensor> nt_xent(Tensor z1, Tensor z2, Tensor temperature, bool within_views, bool symmetric,
+                                   int64_t first_row, int64_t rows) {
+  Columns columns(z1, temperature, first_row, rows);
+  columns.pair(z2, within_views, symmetric);
+  Tensor loss = columns.new_result({}), row_losses = columns.new_result({2, rows});
+  run_forward(columns, loss, row_losses, nullptr);
   return {loss, row_losses};
 }
 
-std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(Tensor grad, Tensor z1, Tensor z2, Tensor temperature,
-                                                    Tensor row_losses, bool within_views, bool symmetric) {
-  const ScalarType output = z1.scalar_type(), dtype = compute_dtype(z1);
-  z1 = dense(z1, dtype);
-  z2 = dense(z2, dtype);
-  temperature = dense(temperature, dtype);
-  grad = dense(grad, dtype);
-  row_losses = dense(row_losses, dtype);
-  Tensor dz1 = new_tensor(z1, {z1.size(0), z1.size(1)}, dtype);
-  Tensor dz2 = new_tensor(z1, {z1.size(0), z1.size(1)}, dtype);
-  Tensor dtemperature = new_tensor(z1, {}, dtype);
-  with_compute_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    NtXentBackward<T> args;
-    fill_input(args, z1, z2, temperature, within_views, symmetric);
-    args.grad = double(*data<T>(grad));
-    args.row_losses = data<T>(row_losses);
-    args.dz1 = mutable_data<T>(dz1);
-    args.dz2 = mutable_data<T>(dz2);
-    args.dtemperature = mutable_data<T>(dtemperature);
-    crosspoint::nt_xent_backward(args, torch_pool());
-  });
-  return {dense(dz1, output), dense(dz2, output), dtemperature};
+std::tuple<Tensor, Tensor, Tensor> nt_xent_backward_operator(Tensor grad, Tensor z1, Tensor z2, Tensor temperature,
+                                                             Tensor row_losses, bool within_views, bool symmetric,
+                                                             int64_t first_row, int64_t rows) {
+  Columns columns(z1, temperature, first_row, rows);
+  columns.pair(z2, within_views, symmetric);
+  Tensor dz1 = columns.new_gradient(), dz2 = columns.new_gradient(), dtemperature = columns.new_result({});
+  run_backward(columns, grad, row_losses, nullptr, dz1, &dz2, dtemperature);
+  return {dense(dz1, z1.scalar_type()), dense(dz2, z1.scalar_type()), dtemperature};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sup_con(Tensor z, Tensor labels, Tensor temperature, int64_t first_row,
+                                           int64_t rows) {
+  Columns columns(z, temperature, first_row, rows);
+  columns.labels = dense(labels, ScalarType::Long);
+  Tensor loss = columns.new_result({}), row_losses = columns.new_result({rows}), row_lse = columns.new_result({rows});
+  run_forward(columns, loss, row_losses, &row_lse);
+  return {loss, row_losses, row_lse};
+}
+
+std::tuple<Tensor, Tensor> sup_con_backward(Tensor grad, Tensor z, Tensor labels, Tensor temperature,
+                                            Tensor row_losses, Tensor row_lse, int64_t first_row, int64_t rows) {
+  Columns columns(z, temperature, first_row, rows);
+  columns.labels = dense(labels, ScalarType::Long);
+  row_lse = dense(row_lse, columns.dtype);
+  Tensor dz = columns.new_gradient(), dtemperature = columns.new_result({});
+  run_backward(columns, grad, row_losses, &row_lse, dz, nullptr, dtemperature);
+  return {dense(dz, z.scalar_type()), dtemperature};
 }
 
 }  // namespace
@@ -67,5 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(Tensor grad, Tensor z1, Tens
 
 STABLE_TORCH_LIBRARY_IMPL(crosspoint, CPU, m) {
   m.impl("nt_xent", TORCH_BOX(&crosspoint::binding::nt_xent));
-  m.impl("nt_xent_backward", TORCH_BOX(&crosspoint::binding::nt_xent_backward));
+  m.impl("nt_xent_backward", TORCH_BOX(&crosspoint::binding::nt_xent_backward_operator));
+  m.impl("sup_con", TORCH_BOX(&crosspoint::binding::sup_con));
+  m.impl("sup_con_backward", TORCH_BOX(&crosspoint::binding::sup_con_backward));
 }

@@ -106,13 +106,21 @@ class NtXentTester(OpTester):
     def operator_calls(cls):
         def forward():
             z1, z2 = (z.float() for z in views(5, 3))
-            return torch.ops.crosspoint.nt_xent.default, (z1, z2, torch.tensor(0.1), cls.within_views, True)
+            return torch.ops.crosspoint.nt_xent.default, (
+                z1,
+                z2,
+                torch.tensor(0.1),
+                cls.within_views,
+                True,
+                1,
+                3,
+            )
 
         def backward():
             z1, z2 = (z.half() for z in views(5, 3))
-            args = (z1, z2, torch.tensor(0.1), cls.within_views, True)
+            args = (z1, z2, torch.tensor(0.1), cls.within_views, True, 0, 5)
             _, row_losses = torch.ops.crosspoint.nt_xent(*args)
-            grads = (torch.tensor(1.0), *args[:3], row_losses, *args[3:])
+            grads = (torch.tensor(1.0), *args[:3], row_losses, *args[3:5], 1, 3)
             return torch.ops.crosspoint.nt_xent_backward.default, grads
 
         return {"forward": forward, "backward": backward}

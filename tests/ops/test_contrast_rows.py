@@ -1,0 +1,77 @@
+"""The operators of the contrastive losses on a range of rows: what one process of several computes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from crosspoint.ops import reference
+from op_tester import compiled_backends, poisoned_memory, threads
+
+BACKENDS = [pair for pair in compiled_backends("nt_xent") if pair[0] == "native"]
+backends = pytest.mark.parametrize("device", [device for _, device in BACKENDS])
+# Samples of each process; blocks have 96 rows.
+SPLITS = [[40], [1, 5], [0, 7, 0], [96, 96], [95, 97, 3], [200, 1, 130], [500, 700], [0, 0]]
+splits = pytest.mark.parametrize("split", SPLITS, ids=lambda split: "+".join(map(str, split)))
+losses = pytest.mark.parametrize(
+    "within, symmetric", [(True, True), (False, True), (False, False)], ids=["nt_xent", "info_nce", "one_way"]
+)
+
+
+def ranges(split: list[int]) -> list[tuple[int, int]]:
+    ends = torch.tensor(split).cumsum(0).tolist()
+    return [(end - rows, rows) for end, rows in zip(ends, split, strict=True)]
+
+
+def expected(within: bool, symmetric: bool, z: Tensor, temperature: Tensor) -> list[Tensor]:
+    leaves = [*(view.clone().requires_grad_() for view in z), temperature.clone().requires_grad_()]
+    if within:
+        loss = reference.nt_xent(*leaves)
+    else:
+        loss = reference.info_nce(*leaves, symmetric=symmetric)
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def by_parts(split, within, symmetric, z, temperature) -> list[Tensor]:
+    """Loss and gradients from the rows of each part alone, and the row losses of all."""
+    operators = torch.ops.crosspoint
+    parts = [operators.nt_xent(*z, temperature, within, symmetric, *rows) for rows in ranges(split)]
+    row_losses = torch.cat([row_losses for _, row_losses in parts], dim=1)
+    grad = torch.ones((), dtype=temperature.dtype, device=temperature.device)
+    found = [
+        operators.nt_xent_backward(grad, *z, temperature, row_losses, within, symmetric, *rows)
+        for rows in ranges(split)
+    ]
+    dz1, dz2, dtemperature = zip(*found, strict=True)
+    averaged = row_losses.sum() / max(1, (1 + symmetric) * sum(split))
+    return [averaged, torch.cat(dz1), torch.cat(dz2), torch.stack(dtemperature).sum()]
+
+
+@backends
+@losses
+@splits
+@pytest.mark.parametrize("temperature", [0.2, 0.001])
+def test_parts_make_the_whole(device, split, within, symmetric, temperature):
+    generator = torch.Generator().manual_seed(sum(split))
+    z = torch.randn(2, sum(split), 17, generator=generator, dtype=torch.float64)
+    z[1] += z[0]
+    temperature = torch.tensor(temperature, dtype=torch.float64)
+    want = expected(within, symmetric, z, temperature)
+    with poisoned_memory():
+        found = by_parts(split, within, symmetric, z.to(device), temperature.to(device))
+    for name, a, b in zip(("loss", "dz1", "dz2", "dtemperature"), found, want, strict=True):
+        scale = b.abs().max().item() if b.numel() else 0
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@backends
+@losses
+def test_parts_are_the_same_bits_with_any_number_of_threads(device, within, symmetric):
+    z = torch.randn(2, 1500, 12, device=device)
+    temperature = torch.tensor(0.1, device=device)
+    results = []
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            results.append(by_parts([900, 250, 350], within, symmetric, z, temperature))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
