@@ -8,6 +8,7 @@ from crosspoint.ops.gather_max import gather_max
 from crosspoint.ops.knn import knn, knn_graph
 from crosspoint.ops.neighbor_sum import neighbor_sum
 from crosspoint.ops.nt_xent import info_nce, nt_xent
+from crosspoint.ops.sup_con import sup_con
 
 __all__ = [
     "BackendRow",
@@ -22,4 +23,5 @@ __all__ = [
     "knn_graph",
     "neighbor_sum",
     "nt_xent",
+    "sup_con",
 ]

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from crosspoint import _check
 
-__all__ = ["FLOATS", "check_lengths", "check_neighbours", "check_norm"]
+__all__ = [
+    "FLOATS",
+    "check_embeddings",
+    "check_lengths",
+    "check_neighbours",
+    "check_norm",
+    "check_temperature",
+    "compute_dtype",
+]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,3 +105,36 @@ def check_norm(
             f"{op}: running_mean and running_var must be given in evaluation mode; pass them, or "
             "training=True to use the statistics of this batch"
         )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays; float32 and the half types are computed in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_embeddings(op: str, name: str, z: Tensor) -> None:
+    """Embeddings must be (N, D) and floating."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(z).__name__}")
+    if not z.is_floating_point():
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {z.dtype}; convert it with .float()")
+    if z.dim() != 2:
+        raise ValueError(f"{op}: {name} must be (N, D), got {z.dim()} dimensions: {tuple(z.shape)}")
+
+
+def check_temperature(op: str, temperature: float | Tensor, z: Tensor) -> Tensor:
+    """The temperature as a scalar tensor on z's device, of the dtype that is computed in."""
+    dtype = compute_dtype(z)
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"{op}: temperature must have one element, got shape {tuple(temperature.shape)}")
+        if not temperature.is_floating_point():
+            raise TypeError(f"{op}: temperature must have a floating dtype, got {temperature.dtype}")
+        return temperature.reshape(()).to(z.device, dtype)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{op}: temperature must be a float or a one-element tensor, got {type(temperature).__name__}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
+    return torch.full((), temperature, dtype=dtype, device=z.device)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops._checks import check_embeddings, check_temperature, compute_dtype
 
 __all__ = ["info_nce", "nt_xent"]
 
@@ -90,14 +91,7 @@ def info_nce(
 def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The embeddings, and the temperature as a scalar tensor of the dtype that is computed in."""
     for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(z).__name__}")
-        if not z.is_floating_point():
-            raise TypeError(
-                f"{op}: {name} must have a floating dtype, got {z.dtype}; convert it with .float()"
-            )
-        if z.dim() != 2:
-            raise ValueError(f"{op}: {name} must be (N, D), got {z.dim()} dimensions: {tuple(z.shape)}")
+        check_embeddings(op, name, z)
     if z1.shape != z2.shape:
         raise ValueError(
             f"{op}: z1 and z2 must have the same shape (N, D), row i of both from the same sample; "
@@ -113,34 +107,17 @@ def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tupl
         )
     if z2 is z1:
         z2 = z1.view_as(z1)  # torch.compile traces no Function that is given one tensor twice
-    dtype = _compute_dtype(z1)
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f"{op}: temperature must have one element, got shape {tuple(temperature.shape)}")
-        if not temperature.is_floating_point():
-            raise TypeError(f"{op}: temperature must have a floating dtype, got {temperature.dtype}")
-        return z1, z2, temperature.reshape(()).to(z1.device, dtype)
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"{op}: temperature must be a float or a one-element tensor, got {type(temperature).__name__}"
-        )
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be positive, got {temperature}")
-    return z1, z2, torch.full((), temperature, dtype=dtype, device=z1.device)
-
-
-def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+    return z1, z2, check_temperature(op, temperature, z1)
 
 
 def _forward_fake(z1, z2, temperature, within_views, symmetric, first_row, rows):
-    dtype = _compute_dtype(z1)
+    dtype = compute_dtype(z1)
     return z1.new_empty((), dtype=dtype), z1.new_empty((2, rows), dtype=dtype)
 
 
 def _backward_fake(grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows):
     dz1, dz2 = (z1.new_empty((rows, z1.shape[1])) for _ in range(2))
-    return dz1, dz2, z1.new_empty((), dtype=_compute_dtype(z1))
+    return dz1, dz2, z1.new_empty((), dtype=compute_dtype(z1))
 
 
 # Rows are the samples [first_row, first_row + rows) of both views, columns all samples; `loss` is the mean over the

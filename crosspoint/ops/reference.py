@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["edge_conv", "gather_max", "info_nce", "knn", "knn_graph", "neighbor_sum", "nt_xent"]
+__all__ = [
+    "edge_conv",
+    "gather_max",
+    "info_nce",
+    "knn",
+    "knn_graph",
+    "neighbor_sum",
+    "nt_xent",
+    "sup_con",
+]
 
 _PAIRS_AT_ONCE = 1 << 22  # bounds the distance block that is held at a time
 
@@ -250,3 +259,25 @@ def _contrast(similarity: Tensor, positive: Tensor, negatives: Tensor) -> Tensor
     others = similarity.masked_fill(~negatives, -torch.inf).logsumexp(1)
     # Beyond 50, softplus is linear to the last digit of float64.
     return F.softplus(others - own, threshold=50).mean()
+
+
+def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
+    n = z.shape[0]
+    z = F.normalize(_widen(z), dim=1)
+    if n < 2:
+        return (z.sum() / temperature).mul(0)
+    similarity = z @ z.t() / temperature  # (N, N)
+    own = torch.eye(n, dtype=torch.bool, device=z.device)
+    same = labels[:, None] == labels
+    positive = same & ~own
+    count = positive.sum(1)
+    counts = count > 0
+    positive = positive | (own & ~counts[:, None])  # a stand-in for rows that are left out below
+    # Apart, the sums over positives and negatives keep the digits of a row with one positive and a tiny loss.
+    positives = similarity.masked_fill(~positive, -torch.inf).logsumexp(1)
+    mean = similarity.masked_fill(~positive, 0).sum(1) / count.clamp_min(1)
+    none = same.all(1)
+    negatives = similarity.masked_fill(same & ~none[:, None], -torch.inf).logsumexp(1)
+    push = torch.where(none, 0, F.softplus(negatives - positives, threshold=50))
+    row_losses = push + (positives - mean)
+    return torch.where(counts, row_losses, 0).sum() / counts.sum().clamp_min(1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from crosspoint.nn import DynamicEdgeConv, EdgeConv, NTXentLoss
-from crosspoint.ops import knn_graph, nt_xent
+from crosspoint.nn import DynamicEdgeConv, EdgeConv, NTXentLoss, SupConLoss
+from crosspoint.ops import knn_graph, nt_xent, sup_con
 
 B, N, K, C_IN, C_OUT = 3, 12, 5, 4, 7
 
@@ -132,6 +132,7 @@ def test_edge_conv_names_itself():
         (lambda: EdgeConv(4, 4, negative_slope=float("nan")), "negative_slope must be >= 0"),
         (lambda: DynamicEdgeConv(4, 4, 0), "k must be positive, got 0"),
         (lambda: NTXentLoss(0.0), "temperature must be positive, got 0.0"),
+        (lambda: SupConLoss(-1), "temperature must be positive, got -1"),
         (lambda: NTXentLoss(torch.ones(2)), r"one element, got a tensor of shape \(2,\)"),
     ],
 )
@@ -159,6 +160,17 @@ def test_nt_xent_loss_is_the_operator():
     assert torch.equal(NTXentLoss(0.3)(z1, z2), nt_xent(z1, z2, 0.3))
     assert NTXentLoss().temperature == 0.1
     assert repr(NTXentLoss()) == "NTXentLoss(temperature=0.1, impl='auto')"
+
+
+def test_sup_con_loss_is_the_operator():
+    torch.manual_seed(5)
+    z, labels = torch.randn(6, 8), torch.tensor([0, 1, 1, 0, 2, 1])
+    assert torch.equal(SupConLoss(0.3)(z, labels), sup_con(z, labels, 0.3))
+    assert SupConLoss().temperature == 0.1
+    learned = SupConLoss(nn.Parameter(torch.tensor(0.2)))
+    learned(z, labels).backward()
+    assert learned.temperature.grad.abs() > 0
+    assert repr(learned) == "SupConLoss(temperature=learned, impl='auto')"
 
 
 def test_nt_xent_loss_trains_a_parameter_and_keeps_a_tensor():

@@ -24,10 +24,7 @@ def ranges(split: list[int]) -> list[tuple[int, int]]:
 
 def expected(within: bool, symmetric: bool, z: Tensor, temperature: Tensor) -> list[Tensor]:
     leaves = [*(view.clone().requires_grad_() for view in z), temperature.clone().requires_grad_()]
-    if within:
-        loss = reference.nt_xent(*leaves)
-    else:
-        loss = reference.info_nce(*leaves, symmetric=symmetric)
+    loss = reference.nt_xent(*leaves) if within else reference.info_nce(*leaves, symmetric=symmetric)
     loss.backward()
     return [loss.detach(), *(leaf.grad for leaf in leaves)]
 

@@ -34,6 +34,7 @@ CALLS = {
     "neighbor_sum": partial(ops.neighbor_sum, X, IDX),
     "nt_xent": partial(ops.nt_xent, X[0], X[1]),
     "info_nce": partial(ops.info_nce, X[0], X[1]),
+    "sup_con": partial(ops.sup_con, X[0], IDX[0, :, 0]),
 }
 
 
