@@ -18,8 +18,10 @@ class NTXentLoss(nn.Module):
     an empty state_dict.
 
     Different: half types and autocast compute in float32 and give a float32 loss; the loss of an empty batch
-    is 0, not NaN; gradients survive a loss that rounds to 0. Refused: a memory bank (its negatives are not
-    this batch's), `gather_distributed=True` among several processes, temperatures that are not positive.
+    is 0, not NaN; gradients survive a loss that rounds to 0. With `gather_distributed=True` the loss is the mean
+    over the rows of all processes, not over this one's; the gradients are lightly's (after DistributedDataParallel
+    has averaged them, those of the loss of the whole batch), and processes may hold batches of different sizes.
+    Refused: a memory bank (its negatives are not this batch's), temperatures that are not positive.
 
     Memory: that of `crosspoint.ops.nt_xent`, no 2N x 2N similarities.
     """
@@ -47,13 +49,9 @@ class NTXentLoss(nn.Module):
         self.impl = impl
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        if self.gather_distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
-            raise NotImplementedError(
-                f"NTXentLoss: gather_distributed=True among {distributed.get_world_size()} processes is not "
-                "supported: negatives of other processes are not gathered. Pass gather_distributed=False for "
-                "negatives of each process's own batch, or use lightly.loss.NTXentLoss"
-            )
-        return nt_xent(out0, out1, self.temperature, impl=self.impl)
+        ready = self.gather_distributed and distributed.is_initialized()
+        group = distributed.group.WORLD if ready else None
+        return nt_xent(out0, out1, self.temperature, group=group, impl=self.impl)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, impl={self.impl!r}"

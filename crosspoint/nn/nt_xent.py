@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from torch import Tensor, distributed, nn
 
 from crosspoint.ops import nt_xent, sup_con
+from crosspoint.ops._ranks import check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["NTXentLoss", "SupConLoss"]
 
@@ -41,17 +47,49 @@ class NTXentLoss(_Contrastive):
     Args:
         temperature: a positive float, or a tensor of one element; an `nn.Parameter` is trained with the
             model, any other tensor is kept as a buffer.
+        gather_distributed: negatives from the batches of all processes (of `group`, or all of them), which may
+            differ in size; the loss is the same on every rank. Without an initialised process group there is one
+            process. Gradients come scaled for what follows, `grad_reduction`: "mean", as
+            DistributedDataParallel and FSDP do, or "sum"; then parameters get the gradient that one process
+            would have given them with the whole batch. `crosspoint.ops.nt_xent` has the details.
         impl: backend of `crosspoint.ops.nt_xent`.
 
     Shapes: z1, z2 (N, D), row i of one being the positive of row i of the other -> scalar. The vectors are
     normalised inside; each anchor has the 2N - 2 other vectors of both sets as negatives.
     """
 
-    def __init__(self, temperature: float | Tensor = 0.1, *, impl: str = "auto"):
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        gather_distributed: bool = False,
+        group: ProcessGroup | None = None,
+        grad_reduction: str = "mean",
+        impl: str = "auto",
+    ):
         super().__init__(temperature, impl)
+        check_group("NTXentLoss", group, grad_reduction)
+        if group is not None and not gather_distributed:
+            raise ValueError("NTXentLoss: group was given without gather_distributed=True")
+        self.gather_distributed = gather_distributed
+        self.group = group
+        self.grad_reduction = grad_reduction
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature, impl=self.impl)
+        group = self.group
+        if (
+            group is None
+            and self.gather_distributed
+            and distributed.is_available()
+            and distributed.is_initialized()
+        ):
+            group = distributed.group.WORLD
+        return nt_xent(
+            z1, z2, self.temperature, group=group, grad_reduction=self.grad_reduction, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", gather_distributed=True" if self.gather_distributed else "")
 
 
 class SupConLoss(_Contrastive):

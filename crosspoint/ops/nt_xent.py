@@ -24,7 +24,19 @@ float64):
     forward:  4 N' D' s + 64 N', of which 2 N s stay for the backward
     backward: 6 N' D' s + 64 N', the gradients included
 
-Half types add their widened copies, 4 N D s. Up to 64 MB of the workspace is kept between calls.
+Half types add their widened copies, 4 N D s. With `group`, N is that of all ranks; the gathered embeddings (2 N D
+in the input's dtype) stay for the backward, and up to three copies of them exist while they are gathered. Up to 64
+MB of the workspace is kept between calls.
+
+Several processes (`group`): negatives come from all ranks, which may hold different numbers of samples. The
+embeddings are gathered once, then the row losses; with both at hand each rank forms the complete gradient of its
+own rows, so that no gradient is exchanged but a temperature's. The loss is the mean over the rows of all ranks, the
+same on every rank, and every rank must weight it equally in what it differentiates. Gradients are scaled for what
+follows, `grad_reduction`: for "mean", as DistributedDataParallel and FSDP have it, each rank gets the number of
+ranks times the gradient of the loss by its own embeddings, and the whole derivative by the temperature; for "sum",
+the gradient of the loss by its own embeddings, and its share of the temperature's. After that reduction parameter
+gradients are those of one process with all samples. A group of one rank is no group. Half types are sent as they
+are. torch.compile breaks its graph at the exchange.
 
 The gradients of the rows (through their normalisation) and of the temperature come from one pass. Results
 are bitwise equal over runs and numbers of threads. No temperature overflows: exponents are taken relative
@@ -34,16 +46,30 @@ float64), and else each row has its own.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
 from crosspoint.ops._checks import check_embeddings, check_temperature, compute_dtype
+from crosspoint.ops._ranks import Ranks, check_group, differentiable_once, find_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["info_nce", "nt_xent"]
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, impl: str = "auto") -> Tensor:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
     """Normalised temperature-scaled cross entropy of two views of N samples (SimCLR, arXiv 2002.05709).
 
     Args:
@@ -51,28 +77,45 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, impl: 
             `F.normalize(dim=1)`. float64, float32, or a half type, which is widened to float32; autocast
             does not narrow them.
         temperature: a positive float, or a tensor with one element, which may require a gradient.
+        group: a process group of torch.distributed: the loss is that of the rows of all its ranks, each with its own
+            N (0 too) of one D and dtype, and the same on every rank. Ranks must call in the same order.
+        grad_reduction: with a group, what is done with the gradients of the ranks afterwards: "mean", as DDP and
+            FSDP do, or "sum". See the module's docstring.
         impl: "auto", "native" or "reference".
 
     Returns:
         A float32 scalar (float64 for float64 input); 0 for N = 0 and N = 1, where nothing is contrasted.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit; a float temperature is not positive.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, within a rank or between ranks; a float
+            temperature is not positive; this process is not in the group.
     """
     z1, z2, temperature = _check("nt_xent", z1, z2, temperature)
-    if _dispatch.choose("nt_xent", impl, z1.device) == "reference":
+    check_group("nt_xent", group, grad_reduction)
+    backend = _dispatch.choose("nt_xent", impl, z1.device)
+    ranks = find_ranks("nt_xent", group, z1, grad_reduction)
+    if backend == "reference":
         with torch.autocast(z1.device.type, enabled=False):
-            return reference.nt_xent(z1, z2, temperature)
+            return reference.nt_xent(*_around(z1, z2, temperature, ranks))
+    if ranks is not None:
+        return _RankContrast.apply(z1, z2, temperature, True, True, ranks)
     return _Contrast.apply(z1, z2, temperature, True, True)[0]
 
 
 def info_nce(
-    z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.1, *, symmetric: bool = True, impl: str = "auto"
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    symmetric: bool = True,
+    group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+    impl: str = "auto",
 ) -> Tensor:
     """Cross entropy of each row of `z1` against all rows of `z2` (InfoNCE), or in both directions (CLIP).
 
     Args:
-        z1, z2, temperature, impl: as for `nt_xent`.
+        z1, z2, temperature, group, grad_reduction, impl: as for `nt_xent`.
         symmetric: average both directions; False: only rows of `z1` against columns `z2`.
 
     Returns:
@@ -82,9 +125,14 @@ def info_nce(
         ValueError, TypeError: as for `nt_xent`.
     """
     z1, z2, temperature = _check("info_nce", z1, z2, temperature)
-    if _dispatch.choose("info_nce", impl, z1.device) == "reference":
+    check_group("info_nce", group, grad_reduction)
+    backend = _dispatch.choose("info_nce", impl, z1.device)
+    ranks = find_ranks("info_nce", group, z1, grad_reduction)
+    if backend == "reference":
         with torch.autocast(z1.device.type, enabled=False):
-            return reference.info_nce(z1, z2, temperature, symmetric=symmetric)
+            return reference.info_nce(*_around(z1, z2, temperature, ranks), symmetric=symmetric)
+    if ranks is not None:
+        return _RankContrast.apply(z1, z2, temperature, False, bool(symmetric), ranks)
     return _Contrast.apply(z1, z2, temperature, False, bool(symmetric))[0]
 
 
@@ -108,6 +156,13 @@ def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tupl
     if z2 is z1:
         z2 = z1.view_as(z1)  # torch.compile traces no Function that is given one tensor twice
     return z1, z2, check_temperature(op, temperature, z1)
+
+
+def _around(z1: Tensor, z2: Tensor, temperature: Tensor, ranks: Ranks | None) -> tuple[Tensor, ...]:
+    """For the reference: the rows of all ranks, of which only this rank's have a gradient."""
+    if ranks is None:
+        return z1, z2, temperature
+    return *ranks.gather_around(torch.stack([z1, z2], dim=1)).unbind(1), ranks.temperature(temperature)
 
 
 def _forward_fake(z1, z2, temperature, within_views, symmetric, first_row, rows):
@@ -154,6 +209,32 @@ class _Contrast(torch.autograd.Function):
         rows = ctx.saved_tensors[0].shape[0]
         grads = _ContrastBackward.apply(grad, *ctx.saved_tensors, ctx.within_views, ctx.symmetric, 0, rows)
         return *grads, None, None
+
+
+class _RankContrast(torch.autograd.Function):
+    """This rank's rows against those of all ranks: two gathers forward, a temperature's derivative backward."""
+
+    @staticmethod
+    def forward(ctx, z1, z2, temperature, within_views, symmetric, ranks):
+        columns = ranks.gather(torch.stack([z1, z2], dim=1))  # (sum of N, 2, D)
+        columns = columns[:, 0].contiguous(), columns[:, 1].contiguous()
+        ctx.settings = within_views, symmetric, ranks.first, ranks.rows
+        _, own_losses = torch.ops.crosspoint.nt_xent(*columns, temperature, *ctx.settings)
+        row_losses = ranks.gather(own_losses.t()).t().contiguous()  # (2, sum of N)
+        ctx.ranks = ranks
+        ctx.save_for_backward(z1, z2, *columns, temperature, row_losses)
+        averaged = max(1, ranks.total * (2 if symmetric else 1))
+        return (row_losses.sum(dtype=torch.float64) / averaged).to(row_losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z1, z2, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            *grads, share = torch.ops.crosspoint.nt_xent_backward(
+                grad * ctx.ranks.scale, *saved, *ctx.settings
+            )
+            grads.append(ctx.ranks.share(share) if ctx.needs_input_grad[2] else share)
+        return *differentiable_once("nt_xent and info_nce", grads, grad, z1, z2, saved[2]), None, None, None
 
 
 class _ContrastBackward(torch.autograd.Function):

@@ -34,16 +34,30 @@ temperature overflows.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
 from crosspoint.ops._checks import check_embeddings, check_temperature, compute_dtype
+from crosspoint.ops._ranks import check_group, differentiable_once, find_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["sup_con"]
 
 
-def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, impl: str = "auto") -> Tensor:
+def sup_con(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
     """Supervised contrastive loss of N rows with labels (SupCon's L_out, arXiv 2004.11362).
 
     Args:
@@ -52,23 +66,37 @@ def sup_con(z: Tensor, labels: Tensor, temperature: float | Tensor = 0.1, *, imp
             of a sample are several rows with one label.
         labels: (N,) integers, any values.
         temperature: a positive float, or a tensor with one element, which may require a gradient.
+        group, grad_reduction: as for `nt_xent`: positives and negatives come from all ranks of the process group.
         impl: "auto", "native" or "reference".
 
     Returns:
         A float32 scalar (float64 for float64 input): the mean over the rows that have a positive; 0 if none has.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit; a float temperature is not positive.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, within a rank or between ranks; a float
+            temperature is not positive; this process is not in the group.
     """
-    labels, temperature = _check(z, labels, temperature)
-    if _dispatch.choose("sup_con", impl, z.device) == "reference":
+    temperature = _check(z, labels, temperature)
+    check_group("sup_con", group, grad_reduction)
+    backend = _dispatch.choose("sup_con", impl, z.device)
+    ranks = find_ranks("sup_con", group, z, grad_reduction)
+    labels = labels.long().contiguous()
+    if ranks is not None:
+        labels = ranks.gather(labels)
+    # From 0 to N - 1, equal where those given are.
+    labels = torch.searchsorted(labels.sort().values, labels)
+    if backend == "reference":
         with torch.autocast(z.device.type, enabled=False):
+            if ranks is not None:
+                z, temperature = ranks.gather_around(z), ranks.temperature(temperature)
             return reference.sup_con(z, labels, temperature)
+    if ranks is not None:
+        return _RankSupCon.apply(z, labels, temperature, ranks)
     return _SupCon.apply(z, labels, temperature)[0]
 
 
-def _check(z: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Labels from 0 to N - 1, equal where those given are, and the temperature as a scalar tensor."""
+def _check(z: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
+    """The temperature as a scalar tensor."""
     check_embeddings("sup_con", "z", z)
     if not isinstance(labels, Tensor):
         raise TypeError(f"sup_con: labels must be a tensor, got {type(labels).__name__}")
@@ -85,8 +113,7 @@ def _check(z: Tensor, labels: Tensor, temperature: float | Tensor) -> tuple[Tens
         raise ValueError(
             f"sup_con: z and labels must be on one device, got {z.device} and {labels.device}; move one of them"
         )
-    labels = labels.long().contiguous()
-    return torch.searchsorted(labels.sort().values, labels), check_temperature("sup_con", temperature, z)
+    return check_temperature("sup_con", temperature, z)
 
 
 def _forward_fake(z, labels, temperature, first_row, rows):
@@ -128,6 +155,32 @@ class _SupCon(torch.autograd.Function):
         rows = ctx.saved_tensors[0].shape[0]
         dz, dtemperature = _SupConBackward.apply(grad, *ctx.saved_tensors, 0, rows)
         return dz, None, dtemperature
+
+
+class _RankSupCon(torch.autograd.Function):
+    """This rank's rows against those of all ranks; `labels` are of all."""
+
+    @staticmethod
+    def forward(ctx, z, labels, temperature, ranks):
+        columns = ranks.gather(z)
+        ctx.settings = ranks.first, ranks.rows
+        _, *scalars = torch.ops.crosspoint.sup_con(columns, labels, temperature, *ctx.settings)
+        row_losses, row_lse = (
+            ranks.gather(torch.stack(scalars, dim=1)).t().contiguous()
+        )  # 8 bytes a row in float32
+        ctx.ranks = ranks
+        ctx.save_for_backward(z, columns, labels, temperature, row_losses, row_lse)
+        averaged = (row_lse != torch.inf).sum().clamp_min(1)
+        return (row_losses.sum(dtype=torch.float64) / averaged).to(row_losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            dz, share = torch.ops.crosspoint.sup_con_backward(grad * ctx.ranks.scale, *saved, *ctx.settings)
+            share = ctx.ranks.share(share) if ctx.needs_input_grad[2] else share
+        dz, dtemperature = differentiable_once("sup_con", (dz, share), grad, z, saved[2])
+        return dz, None, dtemperature, None
 
 
 class _SupConBackward(torch.autograd.Function):

@@ -1,0 +1,141 @@
+"""Several processes with one loss: each holds the embeddings of all, and forms the complete gradient of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Ranks", "check_group", "differentiable_once", "find_ranks"]
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Ranks:
+    """What each rank of a group brings: rows [first, first + rows) of the whole are this rank's.
+
+    Attributes:
+        group, sizes: the group, and how many samples each of its ranks holds.
+        scale: what this rank's gradients are multiplied by, so that the reduction named gives the loss's.
+    """
+
+    def __init__(self, op: str, group: ProcessGroup, z: Tensor, grad_reduction: str) -> None:
+        from torch import distributed
+
+        self.group = group
+        self.world = distributed.get_world_size(group)
+        own = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device)
+        # The one place where the host waits for the device: the sizes decide what is allocated.
+        found = _all_gather(own, group, self.world).view(self.world, 3).tolist()
+        if len({(d, dtype) for _, d, dtype in found}) > 1:
+            said = ", ".join(f"rank {rank}: D = {d}, {_DTYPES[t]}" for rank, (_, d, t) in enumerate(found))
+            raise ValueError(f"{op}: every rank must bring embeddings of one D and one dtype, got {said}")
+        self.sizes = [n for n, _, _ in found]
+        rank = distributed.get_rank(group)
+        self.first, self.rows, self.total = sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
+        self.averaged = grad_reduction == "mean"
+        self.scale = self.world if self.averaged else 1
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of all ranks, one rank's behind the other's; `x` (rows, ...) are this rank's. No gradient."""
+        most = max(self.sizes)
+        padded = x.detach().contiguous()
+        if self.rows < most:
+            padded = torch.cat([padded, padded.new_zeros(most - self.rows, *x.shape[1:])])
+        if padded.numel() == 0:
+            return padded.new_empty(self.total, *x.shape[1:])
+        everything = _all_gather(padded, self.group, self.world)
+        if min(self.sizes) == most:
+            return everything
+        parts = everything.view(self.world, most, *x.shape[1:])
+        return torch.cat([part[:rows] for part, rows in zip(parts, self.sizes, strict=True)])
+
+    def gather_around(self, x: Tensor) -> Tensor:
+        """The same, this rank's rows with their gradient."""
+        everything = self.gather(x)
+        own = _Scaled.apply(x, self.scale)
+        return torch.cat([everything[: self.first], own, everything[self.first + self.rows :]])
+
+    def temperature(self, temperature: Tensor) -> Tensor:
+        """For a gradient that every rank computes in full, as `share` has it for shares."""
+        return _Scaled.apply(temperature, 1 if self.averaged else 1 / self.world)
+
+    def share(self, derivative: Tensor) -> Tensor:
+        """The derivative of the loss by a scalar that all ranks hold, from this rank's scaled share of it."""
+        if not self.averaged:
+            return derivative
+        from torch import distributed
+
+        total = derivative.clone()
+        distributed.all_reduce(total, group=self.group)
+        return total / self.scale
+
+
+def find_ranks(op: str, group: ProcessGroup | None, z: Tensor, grad_reduction: str) -> Ranks | None:
+    """None without a group, or where this process is all of it. Talks to the other ranks, in `group`'s order."""
+    if group is None or _size(op, group) == 1:
+        return None
+    return Ranks(op, group, z, grad_reduction)
+
+
+def check_group(op: str, group: ProcessGroup | None, grad_reduction: str) -> None:
+    if grad_reduction not in ("mean", "sum"):
+        raise ValueError(f"{op}: grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
+    if group is not None:
+        _size(op, group)
+
+
+def _size(op: str, group: ProcessGroup) -> int:
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise ValueError(
+            f"{op}: group was given, but torch.distributed is not initialised; call init_process_group"
+        )
+    size = distributed.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"{op}: this process is not in the group")
+    return size
+
+
+def _all_gather(x: Tensor, group: ProcessGroup, world: int) -> Tensor:
+    """(n, ...) of every rank as (world * n, ...); sent as bytes, which every backend knows."""
+    from torch import distributed
+
+    out = x.new_empty(world * x.shape[0], *x.shape[1:])
+    distributed.all_gather_into_tensor(out.view(torch.uint8), x.view(torch.uint8), group=group)
+    return out
+
+
+def differentiable_once(op: str, grads: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`grads`, whose derivative by `inputs` is refused."""
+    return _Once.apply(op, len(grads), *grads, *inputs)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"the second derivative of {ctx.op} is not supported; impl='reference' has it")
+
+
+class _Scaled(torch.autograd.Function):
+    """x, whose gradient is multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None
