@@ -47,6 +47,10 @@ TUNED = {
         "tree_plant": (128, 12),
         "tree_grow": (128, 12),
     },
+    "reverse_graph.cu": {
+        "list_edges": (256, 6),
+        "mark_starts": (256, 6),
+    },
     "radix_sort.cu": {
         "sort_count": (256, 6),
         "sort_sum": (256, 6),

@@ -1,0 +1,86 @@
+// A stable sort of the edges by the node that they lead to, then the places where each node's edges begin.
+#include "crosspoint/cuda/reverse_graph.h"
+
+#include "cuda/radix_sort.h"
+#include "cuda/workspace.h"
+
+namespace crosspoint::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMostEdges = 1 << 30;
+
+struct Space {
+  Pairs a, b;
+  int *counts, *totals;
+};
+
+Space plan(const ReverseGraphArgs& args, Pieces& pieces) {
+  const int64_t edges = args.nodes * args.k, all = args.batch * edges;
+  Space space;
+  space.a = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
+  space.b = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
+  space.counts = pieces.take<int>(args.batch * kDigits * segments(nullptr, args.batch, edges).tiles);
+  space.totals = pieces.take<int>(args.batch * kDigits);
+  return space;
+}
+
+__global__ void __launch_bounds__(kThreads) list_edges(ReverseGraphArgs args, Pairs pairs) {
+  const int64_t edges = args.nodes * args.k;
+  for (int64_t e = blockIdx.x * int64_t(kThreads) + threadIdx.x; e < args.batch * edges; e += gridDim.x * int64_t(kThreads)) {
+    const int64_t j = args.idx[e];
+    pairs.keys[e] = static_cast<uint32_t>(j >= 0 && j < args.n ? j : args.n);  // what is no edge comes last
+    pairs.values[e] = static_cast<int32_t>(e % edges);
+  }
+}
+
+// Place p of a cloud's sorted edges is where the edges begin of every node after that of place p - 1, up to its own.
+__global__ void __launch_bounds__(kThreads) mark_starts(ReverseGraphArgs args, Pairs sorted) {
+  const int64_t edges = args.nodes * args.k;
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < args.batch * (edges + 1);
+       i += gridDim.x * int64_t(kThreads)) {
+    const int64_t b = i / (edges + 1), p = i % (edges + 1);
+    const uint32_t* keys = sorted.keys + b * edges;
+    int64_t j = p == 0 ? 0 : int64_t(keys[p - 1]) + 1;
+    const int64_t last = p == edges ? args.n : keys[p];
+    for (; j <= last; ++j) args.start[b * (args.n + 1) + j] = static_cast<int32_t>(p);
+    if (p < edges) args.edges[b * edges + p] = sorted.values[b * edges + p];
+  }
+}
+
+dim3 blocks_of(int64_t threads) {
+  constexpr int64_t most = 1 << 20;
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
+}  // namespace
+
+bool reverse_graph_supports(const ReverseGraphArgs& args) {
+  const int64_t tiles = (args.nodes * args.k + kSortTile - 1) / kSortTile;
+  return args.nodes * args.k <= kMostEdges && args.n < INT32_MAX && args.batch * (tiles + kDigits) <= INT32_MAX;
+}
+
+size_t reverse_graph_workspace(const ReverseGraphArgs& args) {
+  Pieces pieces(nullptr);
+  plan(args, pieces);
+  return pieces.used();
+}
+
+cudaError_t reverse_graph(const ReverseGraphArgs& args, void* workspace, cudaStream_t stream) {
+  if (!reverse_graph_supports(args)) return cudaErrorInvalidValue;
+  if (args.batch == 0) return cudaSuccess;
+  Pieces pieces(workspace);
+  Space space = plan(args, pieces);
+  const int64_t edges = args.nodes * args.k;
+  int bits = 1;
+  while (args.n >> bits > 0) ++bits;
+  cudaError_t status = launch(list_edges, blocks_of(args.batch * edges), dim3(kThreads), 0, stream, args, space.a);
+  if (status == cudaSuccess)
+    status = sort_pairs(segments(nullptr, args.batch, edges), bits, space.a, space.b, space.counts, space.totals, stream);
+  if (status == cudaSuccess)
+    status = launch(mark_starts, blocks_of(args.batch * (edges + 1)), dim3(kThreads), 0, stream, args, space.a);
+  return status;
+}
+
+}  // namespace crosspoint::cuda
