@@ -58,7 +58,8 @@ def knn_graph(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        IndexError: a length is negative or exceeds N (compiled backends).
+        IndexError: a length is negative or exceeds N (compiled CPU backend; CUDA clamps lengths, and checks them
+            where the environment sets CROSSPOINT_CHECK=1, at the price of waiting for the device).
     """
     _check_points("knn_graph", "x", x)
     _check_k("knn_graph", k)
@@ -95,7 +96,7 @@ def knn(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        IndexError: a length is negative or too large (compiled backends).
+        IndexError: a length is negative or too large (as for `knn_graph`).
     """
     _check_points("knn", "query", query)
     _check_points("knn", "points", points)
