@@ -53,6 +53,15 @@ def log2(n: int) -> int:
 
 
 @triton.jit
+def dot(b_left, b_right):
+    """The product of two bfloat16 blocks in float32: every product exact, sums as tensor cores take them. The
+    interpreter would read bfloat16 as integers, so there the operands are widened, which changes none of them."""
+    if INTERPRETED:
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
 def _exchange(
     b_keys,
     ROWS: tl.constexpr,
