@@ -116,7 +116,6 @@ def _direct(
         *(query, points, *lengths, idx, dist2, space, wanted, blocks, M, N, k, *strides, C),
         CHANNELS=channels_constant(C),
         SELF=own,
-        num_warps=entry.warps,
-        num_stages=1,
         **constants,
+        **entry.options(),
     )

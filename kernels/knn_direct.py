@@ -45,6 +45,10 @@ class Direct(NamedTuple):
         tile = max(self.groups, 64)
         return {"ROWS": self.rows, "TILE": tile, "GROUPS": self.groups, "CAPACITY": self.capacity}
 
+    def options(self) -> dict[str, int]:
+        # Left to itself, ptxas aims at fewer registers and keeps some values in memory instead.
+        return {"num_warps": self.warps, "num_stages": 1, "maxnreg": 255}
+
 
 class Merge(NamedTuple):
     """Launch parameters of the merging kernel, which finds k neighbours at a time."""
@@ -76,7 +80,7 @@ DIRECT = (
     Direct(128, 4, 256, 256, 4),
 )
 MERGE = Merge(128, 8, 4)
-SWEEP = Sweep(8, 128, 4)
+SWEEP = Sweep(8, 64, 4)
 
 UNROLLED_CHANNELS = 4
 

@@ -54,9 +54,9 @@ class Filter(NamedTuple):
 
 
 FILTER_ROWS = 64  # the least that tensor cores of sm_90 and sm_100 take from one warp group
-FILTER = (Filter(20, 64, 64, 64, 4, 4), Filter(40, 128, 128, 128, 8, 2))
+FILTER = (Filter(20, 64, 64, 64, 4, 4), Filter(40, 64, 64, 128, 4, 2))
 WIDTHS = (64, 128, 256)  # channels, padded with zeros
-RERANK_CHUNK = 32
+RERANK_CHUNK = 8
 CENTRE = {"ROWS": 32, "CHUNK": 16}
 ROUND_ROWS = 32
 LEAST_CHANNELS = 16

@@ -55,12 +55,11 @@ def variants() -> list[Variant]:
     graph = {"SELF": direct.SELF_FIRST.value, "p_dist2": None}
     found = []
     for entry in direct.DIRECT:
-        options = {"num_warps": entry.warps, "num_stages": 1}
         few = {**entry.constants(), **graph, "CHANNELS": 3, "p_wanted": None, "s_point": 1}
         any_number = {**entry.constants(), "SELF": direct.OTHER_SET.value, "CHANNELS": 0}
         found += [
-            Variant(f"direct-{entry.k}-3", direct.direct_kernel, few, options=options),
-            Variant(f"direct-{entry.k}-any", direct.direct_kernel, any_number, options=options),
+            Variant(f"direct-{entry.k}-3", direct.direct_kernel, few, options=entry.options()),
+            Variant(f"direct-{entry.k}-any", direct.direct_kernel, any_number, options=entry.options()),
         ]
     for name, kernel, entry in (
         ("merge", direct.merge_kernel, direct.MERGE),
