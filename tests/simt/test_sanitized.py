@@ -9,6 +9,7 @@ import pytest
 from simt_harness import sanitizer_environment
 
 
+@pytest.mark.timeout(900)  # it compiles everything once more
 @pytest.mark.parametrize("tests", ["test_samples.py", "test_knn.py"])
 def test_under_the_sanitizers(tests):
     pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
