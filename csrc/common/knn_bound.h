@@ -26,4 +26,29 @@ CROSSPOINT_HD static inline double filter_cut(const FilterBound& bound, double t
   return (reach * reach - bound.norm2) / 2 + bound.product;
 }
 
+// Squared norms of one point as it is split in two bfloat16 values, x" = hi + lo.
+struct SplitSize {
+  float norm2, lost2, low2, unused;  // of hi + lo; of what rounding lost; of lo
+};
+
+// The bound of a query for hi hi' + hi lo' + lo hi' on tensor cores; `most` holds the points' largest of each norm.
+CROSSPOINT_HD static inline FilterBound split_bound(const SplitSize& size, const SplitSize& most, int channels) {
+  const double unit = 1.0 / (1 << 24), least = 1.17549435e-38, c = channels;
+  const double own = sqrt(static_cast<double>(size.norm2)), other = sqrt(static_cast<double>(most.norm2));
+  const double reach = own + other;
+  // Each product of 16 channels adds up to 17 numbers and drops what is below the last place of the largest: at
+  // most 2^-23 of |x| |y| each time, and once more for the sum.
+  const double additions = 20.0 * 3 * ((channels + 15) / 16);
+  FilterBound bound;
+  bound.norm2 = size.norm2;
+  bound.moved =
+      1.001 * (sqrt(static_cast<double>(size.lost2)) + sqrt(static_cast<double>(most.lost2)) + 2 * unit * reach);
+  bound.tiny = (2 * c + 16) * least;
+  bound.product = (2 * c + 16) * unit * reach * reach + 1.01 * additions * 2 * unit * own * other +
+                  1.01 * sqrt(static_cast<double>(size.low2)) * sqrt(static_cast<double>(most.low2)) +
+                  (4 + 2 * reach) * bound.tiny;
+  bound.direct = 1 + (2 * c + 16) * unit;
+  return bound;
+}
+
 }  // namespace crosspoint

@@ -36,11 +36,6 @@ __host__ __device__ inline Column column_of(int j) {
   return {place / 4, step / 2, place % 4 * 2 + step % 2};
 }
 
-// Norms of one query as it is multiplied.
-struct Size {
-  float norm2, lost2, low2, unused;  // squared: of hi + lo; of what rounding lost; of lo
-};
-
 struct Filter {
   int products, tiles;           // along the channels; of a warp in a chunk
   int64_t chunks, blocks;        // of a cloud: chunks of points, blocks of queries
@@ -49,7 +44,7 @@ struct Filter {
   uint4* points;                 // (batch, chunk, warp, product, tile, lane): hi, hi, lo, lo as mma_bf16 wants them
   uint4* queries;                // (batch, block, product, half of the block, part, lane)
   float* half_norms;             // (batch, chunk, point); +inf beyond the last
-  Size* sizes;                   // (batch, block, query)
+  SplitSize* sizes;                   // (batch, block, query)
 
   __host__ __device__ int chunk() const { return tiles * kStep; }
 };
@@ -65,7 +60,7 @@ Filter plan(const KnnArgs<float>& a, Pieces& pieces) {
   f.points = pieces.take<uint4>(a.batch * f.chunks * f.chunk() / kColumns * f.products * kWarp);
   f.queries = pieces.take<uint4>(a.batch * f.blocks * 2 * f.products * 2 * kWarp);
   f.half_norms = pieces.take<float>(a.batch * f.chunks * f.chunk());
-  f.sizes = pieces.take<Size>(a.batch * f.blocks * kQueries);
+  f.sizes = pieces.take<SplitSize>(a.batch * f.blocks * kQueries);
   return f;
 }
 
@@ -160,26 +155,14 @@ __global__ void __launch_bounds__(kPackThreads) filter_pack(Search<float> search
 
 // The first number after the largest score that one of the k nearest of a query may have, given that k points have
 // scores up to `score`; NaN where scores say nothing. Apart, for its double precision takes many registers.
-__device__ __noinline__ float beyond_cut(const uint32_t* most_of_cloud, const Size* size_of_query, int channels,
+__device__ __noinline__ float beyond_cut(const uint32_t* most_of_cloud, const SplitSize* size_of_query, int channels,
                                          float score) {
-  const float norm2 = __uint_as_float(most_of_cloud[0]), lost2 = __uint_as_float(most_of_cloud[1]);
-  const float low2 = __uint_as_float(most_of_cloud[2]);
-  const Size size = *size_of_query;
+  const SplitSize most{__uint_as_float(most_of_cloud[0]), __uint_as_float(most_of_cloud[1]),
+                       __uint_as_float(most_of_cloud[2]), 0};
+  const SplitSize size = *size_of_query;
   constexpr float too_large = 3.4e38f / 64;
-  if (!(norm2 < too_large && size.norm2 < too_large && score < infinity<float>())) return missing<float>;
-  const double unit = 1.0 / (1 << 24), least = 1.17549435e-38, c = channels;
-  const double own = sqrt(static_cast<double>(size.norm2)), most = sqrt(static_cast<double>(norm2)), reach = own + most;
-  // Each product of 16 channels adds up to 17 numbers and drops what is below the last place of the largest: at
-  // most 2^-23 of |x| |y| each time, and once more for the sum.
-  const double additions = 20.0 * 3 * ((channels + kDepth - 1) / kDepth);
-  FilterBound bound;
-  bound.norm2 = size.norm2;
-  bound.moved = 1.001 * (sqrt(static_cast<double>(size.lost2)) + sqrt(static_cast<double>(lost2)) + 2 * unit * reach);
-  bound.tiny = (2 * c + 16) * least;
-  bound.product = (2 * c + 16) * unit * reach * reach + 1.01 * additions * 2 * unit * own * most +
-                  1.01 * sqrt(static_cast<double>(size.low2)) * sqrt(static_cast<double>(low2)) +
-                  (4 + 2 * reach) * bound.tiny;
-  bound.direct = 1 + (2 * c + 16) * unit;
+  if (!(most.norm2 < too_large && size.norm2 < too_large && score < infinity<float>())) return missing<float>;
+  const FilterBound bound = split_bound(size, most, channels);
   const float cut = static_cast<float>(filter_cut(bound, score, INFINITY));
   const uint32_t bits = __float_as_uint(cut);
   if (cut == 0) return __uint_as_float(1);
@@ -266,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 1) knn_filter(Search<float> search, 
   const int n = valid > 0 && wanted > 0 ? search.valid_points(b) : 0;
   const int chunks = (n + chunk_size - 1) / chunk_size, channels = static_cast<int>(a.channels);
   const uint32_t* most = f.most + b * int64_t(4);
-  const Size* sizes = f.sizes + (b * f.blocks + block) * kQueries;
+  const SplitSize* sizes = f.sizes + (b * f.blocks + block) * kQueries;
 
   CROSSPOINT_SHARED(beyond, float[kQueries]);  // of each query: the first score that is out of the bound
   CROSSPOINT_SHARED(count, int[kQueries]);     // of its list; -1: it does not fit, or scores say nothing
