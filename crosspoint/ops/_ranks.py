@@ -108,7 +108,9 @@ def _all_gather(x: Tensor, group: ProcessGroup, world: int) -> Tensor:
     from torch import distributed
 
     out = x.new_empty(world * x.shape[0], *x.shape[1:])
-    distributed.all_gather_into_tensor(out.view(torch.uint8), x.view(torch.uint8), group=group)
+    # Its name from torch 2.13 on, and the one before.
+    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    gather(out.view(torch.uint8), x.view(torch.uint8), group=group)
     return out
 
 
