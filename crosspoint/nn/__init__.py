@@ -1,6 +1,6 @@
 """The operators as modules: edge convolutions and the contrastive losses."""
 
-from crosspoint.nn.edge_conv import DynamicEdgeConv, EdgeConv, norm_arguments
+from crosspoint.nn.edge_conv import DynamicEdgeConv, EdgeConv, EdgeConv2, norm_arguments
 from crosspoint.nn.nt_xent import NTXentLoss, SupConLoss
 
-__all__ = ["DynamicEdgeConv", "EdgeConv", "NTXentLoss", "SupConLoss", "norm_arguments"]
+__all__ = ["DynamicEdgeConv", "EdgeConv", "EdgeConv2", "NTXentLoss", "SupConLoss", "norm_arguments"]

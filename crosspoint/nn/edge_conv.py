@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from crosspoint.ops import edge_conv, knn_graph
+from crosspoint.ops import edge_conv, edge_conv2, knn_graph
 
-__all__ = ["DynamicEdgeConv", "EdgeConv", "norm_arguments"]
+__all__ = ["DynamicEdgeConv", "EdgeConv", "EdgeConv2", "norm_arguments"]
 
 
 class EdgeConv(nn.Module):
@@ -96,6 +96,93 @@ class DynamicEdgeConv(EdgeConv):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, k={self.k}"
+
+
+class EdgeConv2(nn.Module):
+    """Two layers on the edges before the maximum over neighbours, as in DGCNN's part segmentation.
+
+    A layer is LeakyReLU(BatchNorm(weight @ .)); the first takes [x_j - x_i, x_i]. The parameters are those of
+    `nn.Conv2d(2 * in_channels, mid_channels, 1, bias=False)`, `nn.BatchNorm2d(mid_channels)`,
+    `nn.Conv2d(mid_channels, out_channels, 1, bias=False)` and `nn.BatchNorm2d(out_channels)`, with the same
+    initialisation; the statistics of both norms run over all edges.
+
+    `bn1` and `bn2` only hold affine parameters and running statistics and are never called, as in `EdgeConv`. Both
+    must be in one mode: freezing one norm's statistics alone is an error.
+
+    Args:
+        in_channels: C_in of x.
+        mid_channels: C_mid, between the layers.
+        out_channels: C_out.
+        negative_slope: of both LeakyReLUs, >= 0; 0 is ReLU.
+        eps, momentum, track_running_stats: of both norms.
+        impl: backend of `crosspoint.ops.edge_conv2`.
+
+    Shapes: x (B, N, C_in), idx (B, N, k) int64 with -1 for an edge that does not exist -> (B, N, C_out).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        *,
+        negative_slope: float = 0.2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        track_running_stats: bool = True,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if min(in_channels, mid_channels, out_channels) < 1:
+            raise ValueError(
+                f"channels must be positive, got in {in_channels}, mid {mid_channels}, out {out_channels}"
+            )
+        if not negative_slope >= 0:
+            raise ValueError(f"negative_slope must be >= 0, got {negative_slope}")
+        self.in_channels = in_channels
+        self.mid_channels = mid_channels
+        self.out_channels = out_channels
+        self.negative_slope = negative_slope
+        self.impl = impl
+        options = {"eps": eps, "momentum": momentum, "track_running_stats": track_running_stats}
+        self.weight1 = nn.Parameter(torch.empty(mid_channels, 2 * in_channels))
+        self.bn1 = nn.BatchNorm1d(mid_channels, **options)
+        self.weight2 = nn.Parameter(torch.empty(out_channels, mid_channels))
+        self.bn2 = nn.BatchNorm1d(out_channels, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight, bn in ((self.weight1, self.bn1), (self.weight2, self.bn2)):
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+            bn.reset_parameters()
+
+    def forward(self, x: Tensor, idx: Tensor) -> Tensor:
+        first, second = norm_arguments(self.bn1), norm_arguments(self.bn2)
+        options = {name: first[name] for name in ("training", "momentum", "eps")}
+        for name, value in options.items():
+            if second[name] != value:
+                raise ValueError(
+                    f"EdgeConv2: bn1 and bn2 must agree in {name}, got {value} and {second[name]}; change both"
+                )
+        statistics = (norm[name] for norm in (first, second) for name in ("running_mean", "running_var"))
+        return edge_conv2(
+            x,
+            idx,
+            self.weight1,
+            self.bn1.weight,
+            self.bn1.bias,
+            self.weight2,
+            self.bn2.weight,
+            self.bn2.bias,
+            *statistics,
+            **options,
+            negative_slope=self.negative_slope,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        sizes = f"{self.in_channels}, {self.mid_channels}, {self.out_channels}"
+        return f"{sizes}, negative_slope={self.negative_slope}, impl={self.impl!r}"
 
 
 def norm_arguments(bn: nn.modules.batchnorm._BatchNorm) -> dict:

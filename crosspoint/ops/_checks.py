@@ -58,15 +58,21 @@ def check_norm(
     training: bool,
     values: int,
     negative_slope: float,
+    layer: str = "",
 ) -> None:
-    """The weight (C_out, ...), norm and activation that follow a product with x; `values`: what a channel has."""
+    """The weight (C_out, ...), norm and activation that follow a product with x; `values`: what a channel has.
+
+    `layer` ends the names of the arguments in messages.
+    """
     for (first, one), (second, other) in (
         (("gamma", gamma), ("beta", beta)),
         (("running_mean", running_mean), ("running_var", running_var)),
     ):
         if (one is None) != (other is None):
             given, missing = (second, first) if one is None else (first, second)
-            raise ValueError(f"{op}: {first} and {second} go together: got {given} but {missing} is None")
+            raise ValueError(
+                f"{op}: {first}{layer} and {second}{layer} go together: got {given}{layer} but {missing}{layer} is None"
+            )
     tensors = {
         "weight": weight,
         "gamma": gamma,
@@ -79,15 +85,15 @@ def check_norm(
             continue
         if name != "weight" and tensor.shape != weight.shape[:1]:
             raise ValueError(
-                f"{op}: {name} must be (C_out,) = ({weight.shape[0]},), got shape {tuple(tensor.shape)}"
+                f"{op}: {name}{layer} must be (C_out,) = ({weight.shape[0]},), got shape {tuple(tensor.shape)}"
             )
         if tensor.dtype not in FLOATS or (tensor.dtype == torch.float64) != (x.dtype == torch.float64):
             raise TypeError(
-                f"{op}: {name} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or "
+                f"{op}: {name}{layer} is {tensor.dtype} and x is {x.dtype}; all tensors must be float64, or "
                 "none of them (float32, float16 and bfloat16 mix)"
             )
         if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, but x is on {x.device}")
+            raise ValueError(f"{op}: {name}{layer} is on {tensor.device}, but x is on {x.device}")
     if not negative_slope >= 0:
         raise ValueError(
             f"{op}: negative_slope must be >= 0, got {negative_slope}; the maximum is taken before the "
@@ -102,7 +108,7 @@ def check_norm(
         )
     if not training and running_mean is None:
         raise RuntimeError(
-            f"{op}: running_mean and running_var must be given in evaluation mode; pass them, or "
+            f"{op}: running_mean{layer} and running_var{layer} must be given in evaluation mode; pass them, or "
             "training=True to use the statistics of this batch"
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "edge_conv",
+    "edge_conv2",
     "gather_max",
     "info_nce",
     "knn",
@@ -124,14 +125,49 @@ def edge_conv(
     batch, n, k = idx.shape
     if x.numel() == 0 or k == 0:
         return (x.sum() + weight.sum()).mul(0).to(dtype).expand(batch, n, weight.shape[0]).clone()
-    neighbour, valid = _neighbours(x, idx)
-    centre = x[:, :, None].expand_as(neighbour)
-    edges = torch.cat([neighbour - centre, centre], dim=-1)  # (B, N, k, 2 C_in)
-    h = torch.where(valid, edges, 0) @ weight.t()  # (B, N, k, C_out)
+    edges, valid = _edges(x, idx)
+    h = edges @ weight.t()  # (B, N, k, C_out)
 
     if gamma is not None and beta is not None:
         h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
     return _first_largest(F.leaky_relu(h, negative_slope), valid, 2)[0].to(dtype)
+
+
+def edge_conv2(
+    x: Tensor,
+    idx: Tensor,
+    weight1: Tensor,
+    gamma1: Tensor | None,
+    beta1: Tensor | None,
+    weight2: Tensor,
+    gamma2: Tensor | None,
+    beta2: Tensor | None,
+    running_mean1: Tensor | None = None,
+    running_var1: Tensor | None = None,
+    running_mean2: Tensor | None = None,
+    running_var2: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    dtype = x.dtype
+    x, weight1, weight2 = _widen(x), _widen(weight1), _widen(weight2)
+    if idx.numel() == 0:
+        leaves = (x, weight1, gamma1, beta1, weight2, gamma2, beta2)
+        nothing = sum(t.to(x.dtype)[:0].sum() for t in leaves if t is not None)
+        return nothing.to(dtype).expand(*idx.shape[:2], weight2.shape[0]).clone()
+    h, valid = _edges(x, idx)
+    for weight, gamma, beta, running_mean, running_var in (
+        (weight1, gamma1, beta1, running_mean1, running_var1),
+        (weight2, gamma2, beta2, running_mean2, running_var2),
+    ):
+        h = torch.where(valid, h, 0) @ weight.t()  # (B, N, k, C_mid), then C_out
+        if gamma is not None and beta is not None:
+            h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+        h = F.leaky_relu(h, negative_slope)
+    return _first_largest(h, valid, 2)[0].to(dtype)
 
 
 def _first_largest(h: Tensor, valid: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -153,6 +189,13 @@ def _neighbours(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x (B, N, C) that idx (B, M, k) names, (B, M, k, C), and which of them exist, (B, M, k, 1)."""
     cloud = torch.arange(len(x), device=x.device)[:, None, None]
     return x[cloud, idx.clamp_min(0)], (idx >= 0)[..., None]
+
+
+def _edges(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
+    """[x_j - x_i, x_i] of every edge, (B, N, k, 2 C), 0 where there is none, and which exist, (B, N, k, 1)."""
+    neighbour, valid = _neighbours(x, idx)
+    centre = x[:, :, None].expand_as(neighbour)
+    return torch.where(valid, torch.cat([neighbour - centre, centre], dim=-1), 0), valid
 
 
 def gather_max(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:

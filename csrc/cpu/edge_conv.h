@@ -319,16 +319,16 @@ void finish_weight(int64_t batch, int64_t c_in, int64_t c_out, int64_t ldc, int6
   });
 }
 
-// out = leaky(scale * winner + shift) of every node, and 0 for nodes without an edge; the shift of a cloud
-// stands `shift_stride` behind that of the one before.
+// out = leaky(scale * winner + shift) of every node, scale (c_out) and shift (batch, c_out), and 0 for nodes without
+// an edge.
 template <class T>
 void activate(int64_t batch, int64_t n, int64_t c_out, const T* winner, const T* scale, const T* shift,
-              int64_t shift_stride, const int32_t* out_degree, T slope, T* out, const Parallel& parallel) {
+              const int32_t* out_degree, T slope, T* out, const Parallel& parallel) {
   constexpr int64_t L = lanes<T>;
   parallel.ranges(batch * n, std::max<int64_t>(1, 16384 / c_out), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const T* from = winner + i * c_out;
-      const T* move = shift + i / n * shift_stride;
+      const T* move = shift + i / n * c_out;
       T* to = out + i * c_out;
       for (int64_t c = 0; c < c_out; c += L) {
         const int64_t rest = c_out - c;

@@ -317,7 +317,7 @@ void forward(const EdgeConvForwardArgs<T>& args, const Parallel& parallel) {
     for (int64_t c = 0; c < args.c_out; ++c)
       shift[b * args.c_out + c] =
           T(shift_of(args.gamma, args.beta, args.saved.rstd, args.saved.offset + b * args.c_out, c));
-  activate(args.batch, args.n, args.c_out, pass.pending, scale.data(), shift.data(), args.c_out,
+  activate(args.batch, args.n, args.c_out, pass.pending, scale.data(), shift.data(),
            args.saved.out_degree, T(args.negative_slope), args.out, parallel);
 }
 

@@ -55,6 +55,11 @@ T* mutable_data(Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+template <class T>
+const T* optional_data(const std::optional<Tensor>& x) {
+  return x.has_value() ? data<T>(*x) : nullptr;
+}
+
 // Calls f(T{}) with T = double or float, after compute_dtype.
 template <class F>
 auto with_compute_type(ScalarType dtype, F&& f) {

@@ -7,11 +7,6 @@
 namespace crosspoint::binding {
 namespace {
 
-template <class T>
-const T* optional_data(const std::optional<Tensor>& x) {
-  return x.has_value() ? data<T>(*x) : nullptr;
-}
-
 // What the forward operator returns after `out`, in its order.
 struct SavedTensors {
   Tensor winner, slot, out_sum, in_sum, degrees, centre, offset, rstd;

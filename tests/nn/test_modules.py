@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from crosspoint.nn import DynamicEdgeConv, EdgeConv, NTXentLoss, SupConLoss
+from crosspoint.nn import DynamicEdgeConv, EdgeConv, EdgeConv2, NTXentLoss, SupConLoss
 from crosspoint.ops import knn_graph, nt_xent, sup_con
 
 B, N, K, C_IN, C_OUT = 3, 12, 5, 4, 7
@@ -130,6 +130,8 @@ def test_edge_conv_names_itself():
         (lambda: EdgeConv(0, 4), "channels must be positive"),
         (lambda: EdgeConv(4, 4, negative_slope=-0.1), "negative_slope must be >= 0, got -0.1"),
         (lambda: EdgeConv(4, 4, negative_slope=float("nan")), "negative_slope must be >= 0"),
+        (lambda: EdgeConv2(4, 0, 4), "channels must be positive, got in 4, mid 0, out 4"),
+        (lambda: EdgeConv2(4, 4, 4, negative_slope=-0.1), "negative_slope must be >= 0, got -0.1"),
         (lambda: DynamicEdgeConv(4, 4, 0), "k must be positive, got 0"),
         (lambda: NTXentLoss(0.0), "temperature must be positive, got 0.0"),
         (lambda: SupConLoss(-1), "temperature must be positive, got -1"),
@@ -152,6 +154,67 @@ def test_dynamic_edge_conv_builds_the_graph_of_its_input():
     y = module(x, lengths)
     torch.testing.assert_close(y, static(x, knn_graph(x, K, lengths=lengths)))
     assert not y[1, 4:].any() and not y[2].any() and y[1, :4].any()
+
+
+class PlainEdgeConv2(nn.Module):
+    """Twice Conv2d, BatchNorm2d and LeakyReLU on stored edges, then the maximum."""
+
+    def __init__(self, module: EdgeConv2, **bn):
+        super().__init__()
+        self.conv1 = nn.Conv2d(2 * module.in_channels, module.mid_channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(module.mid_channels, **bn)
+        self.conv2 = nn.Conv2d(module.mid_channels, module.out_channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(module.out_channels, **bn)
+        self.act = nn.LeakyReLU(module.negative_slope)
+        self.double()
+        state = {name.replace("weight1", "conv1.weight").replace("weight2", "conv2.weight"): value
+                 for name, value in module.state_dict().items()}  # fmt: skip
+        self.load_state_dict({n: v[..., None, None] if "conv" in n else v for n, v in state.items()})
+
+    def forward(self, x, idx):
+        cloud = torch.arange(len(x)).view(-1, 1, 1)
+        centre = x[:, :, None].expand(*idx.shape, x.shape[2])
+        edges = torch.cat([x[cloud, idx] - centre, centre], dim=3).permute(0, 3, 1, 2)
+        h = self.act(self.bn1(self.conv1(edges)))
+        return self.act(self.bn2(self.conv2(h))).amax(dim=3).transpose(1, 2)
+
+
+@pytest.mark.parametrize("bn", [{}, {"momentum": 0.3}, {"momentum": None}, {"track_running_stats": False}])
+def test_edge_conv2_is_two_layers_and_a_maximum(bn):
+    torch.manual_seed(7)
+    module = EdgeConv2(C_IN, 6, C_OUT, **bn).double()
+    with torch.no_grad():
+        for norm in (module.bn1, module.bn2):
+            norm.weight.uniform_(-1, 1)
+            norm.bias.uniform_(-1, 1)
+    plain = PlainEdgeConv2(module, **bn)
+    parameters = [module.weight1, *module.bn1.parameters(), module.weight2, *module.bn2.parameters()]
+    for step in range(4):
+        if step == 3:
+            module.eval()
+            plain.eval()
+        x, idx = _inputs(step)
+        g = torch.randn(B, N, C_OUT, dtype=torch.float64)
+        y, z = module(x, idx), plain(x, idx)
+        torch.testing.assert_close(y, z, rtol=1e-10, atol=1e-12)
+        dy, dz = (
+            torch.autograd.grad(y, [x, *parameters], g),
+            torch.autograd.grad(z, [x, *plain.parameters()], g),
+        )
+        for a, b in zip(dy, dz, strict=True):
+            torch.testing.assert_close(a, b.view_as(a), rtol=1e-9, atol=1e-11)
+        for name, value in module.named_buffers():
+            torch.testing.assert_close(value, plain.get_buffer(name), rtol=1e-10, atol=1e-12)
+
+
+def test_edge_conv2_refuses_norms_in_two_modes():
+    module = EdgeConv2(C_IN, 6, C_OUT).double()
+    module.bn2.eval()
+    with pytest.raises(ValueError, match="bn1 and bn2 must agree in training, got True and False"):
+        module(*_inputs())
+    module.eval()
+    module(*_inputs())
+    assert repr(module).startswith("EdgeConv2(\n  4, 6, 7, negative_slope=0.2, impl='auto'")
 
 
 def test_nt_xent_loss_is_the_operator():

@@ -30,6 +30,9 @@ CALLS = {
     "knn_graph": partial(ops.knn_graph, X, 4),
     "knn": partial(ops.knn, X, X, 4),
     "edge_conv": partial(ops.edge_conv, X, IDX, WEIGHT, None, None, training=False),
+    "edge_conv2": partial(
+        ops.edge_conv2, X, IDX, WEIGHT, None, None, WEIGHT[:, :5], None, None, training=False
+    ),
     "gather_max": partial(ops.gather_max, X, IDX),
     "neighbor_sum": partial(ops.neighbor_sum, X, IDX),
     "nt_xent": partial(ops.nt_xent, X[0], X[1]),
