@@ -81,6 +81,45 @@ def edge_conv_cases(impl: str = "native", b: int = 8, n: int = 1024, k: int = 20
         yield f"edge_conv {c_in} -> {c_out}, forward + backward", ours, plain, close(1e-2)
 
 
+def edge_conv2_cases() -> Iterator[Case]:
+    b, n, k = 2, 1024, 20
+    for c_in, c_mid, c_out in ((3, 64, 64), (64, 64, 64), (3, 64, 128)):
+        x = torch.randn(b, n, c_in)
+        idx = ops.knn_graph(x, k)
+        layers = [
+            tensor
+            for columns, rows in ((2 * c_in, c_mid), (c_mid, c_out))
+            for tensor in (
+                torch.randn(rows, columns) / columns**0.5,
+                torch.rand(rows) + 0.5,
+                torch.randn(rows),
+            )
+        ]
+
+        def step(layer: Callable[..., Tensor], x=x, layers=layers) -> list[Tensor]:
+            values = [t.detach().requires_grad_() for t in (x, *layers)]
+            y = layer(*values)
+            y.square().mean().backward()
+            return [y.detach(), *(v.grad for v in values)]
+
+        def ours(x: Tensor, *layers: Tensor, idx=idx) -> Tensor:
+            return ops.edge_conv2(x, idx, *layers, training=True, impl="native")
+
+        def plain(x: Tensor, *layers: Tensor, idx=idx) -> Tensor:
+            h = edge_features(x.transpose(1, 2), idx)
+            for weight, gamma, beta in (layers[:3], layers[3:]):
+                h = F.conv2d(h, weight[:, :, None, None])
+                h = F.leaky_relu(F.batch_norm(h, None, None, gamma, beta, training=True), 0.2)
+            return h.max(dim=3).values.transpose(1, 2)
+
+        yield (
+            f"edge_conv2 {c_in} -> {c_mid} -> {c_out}, forward + backward",
+            lambda step=step, ours=ours: step(ours),
+            lambda step=step, plain=plain: step(plain),
+            close(1e-2),
+        )
+
+
 def nt_xent_cases(impl: str = "native", sizes: Sequence[int] = (256, 1024, 4096)) -> Iterator[Case]:
     for n in sizes:
         z = torch.randn(2, n, 256)
@@ -104,7 +143,12 @@ def nt_xent_cases(impl: str = "native", sizes: Sequence[int] = (256, 1024, 4096)
         )
 
 
-CASES = {"knn_graph": knn_cases, "edge_conv": edge_conv_cases, "nt_xent": nt_xent_cases}
+CASES = {
+    "knn_graph": knn_cases,
+    "edge_conv": edge_conv_cases,
+    "edge_conv2": edge_conv2_cases,
+    "nt_xent": nt_xent_cases,
+}
 
 
 def seconds(run: Callable[[], object]) -> float:
