@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_metric_learning import losses
 from torch import Tensor
 
 from crosspoint import ops
@@ -146,6 +145,9 @@ def test_reference_is_the_formula(classes, temperature):
 @pytest.mark.parametrize("temperature", [0.05, 0.1, 0.5])
 def test_equals_pytorch_metric_learning(backend, classes, temperature):
     """It averages over the losses above zero: the rows that have a positive."""
+    # Here, since the rest of the battery also runs where only torch and the test tools are installed.
+    from pytorch_metric_learning import losses
+
     z, labels = batch(120, 16, classes)
     leaf = z.clone().requires_grad_()
     theirs = losses.SupConLoss(temperature)(leaf, labels)
@@ -156,6 +158,8 @@ def test_equals_pytorch_metric_learning(backend, classes, temperature):
 
 @backends
 def test_one_class_has_a_loss_where_pytorch_metric_learning_has_none(backend):
+    from pytorch_metric_learning import losses
+
     z, labels = batch(9, 4, 1)
     assert losses.SupConLoss(0.5)(z, labels) == 0
     ours = ops.sup_con(z.to(backend[1]), labels.to(backend[1]), 0.5, impl=backend[0])
