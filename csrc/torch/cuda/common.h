@@ -23,7 +23,8 @@ class OnDeviceOf {
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    if (aoti_torch_get_current_cuda_stream(index_, &stream) != AOTI_TORCH_SUCCESS)
+      throw std::runtime_error("torch has no current CUDA stream on device " + std::to_string(index_));
     return static_cast<cudaStream_t>(stream);
   }
 

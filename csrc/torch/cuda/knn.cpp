@@ -7,8 +7,6 @@
 namespace crosspoint::binding {
 namespace {
 
-using Lengths = std::optional<Tensor>;
-
 // lengths as contiguous int64; the kernels clamp what is out of [0, most].
 Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
   if (!lengths.has_value()) return std::nullopt;
@@ -18,10 +16,6 @@ Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
     check_lengths(name, data<int64_t>(host), host.size(0), most);
   }
   return values;
-}
-
-const int64_t* pointer(const Lengths& lengths) {
-  return lengths.has_value() ? data<int64_t>(*lengths) : nullptr;
 }
 
 std::tuple<Tensor, Tensor> search(const char* op, const Tensor& query, const Tensor& points, int64_t k,
