@@ -146,7 +146,9 @@ def test_modules_run_as_programs_know_their_options():
 # ---- tolerances
 
 
-@pytest.mark.parametrize("op", ["knn", "edge_conv", "conv_bn_act_pool", "nt_xent"])
+@pytest.mark.parametrize(
+    "op", ["knn", "edge_conv", "edge_conv2", "conv_bn_act_pool", "neighbours", "nt_xent"]
+)
 def test_tolerances_are_those_of_the_battery(op):
     rows = re.findall(
         r"^\| (float\d+|bfloat16) \| ([\d.e-]+) \|$", text_of(f"docs/derivations/{op}.md"), re.M
