@@ -120,6 +120,30 @@ def edge_conv2_cases() -> Iterator[Case]:
         )
 
 
+def conv_bn_act_pool_cases() -> Iterator[Case]:
+    b, n, c_in, c_out = 8, 1024, 512, 1024
+    x, grad = torch.randn(b, n, c_in), torch.randn(b, 2 * c_out)
+    layer = torch.randn(c_out, c_in) / c_in**0.5, torch.rand(c_out) + 0.5, torch.randn(c_out)
+
+    def step(pooled: Callable[..., Tensor]) -> list[Tensor]:
+        values = [t.detach().requires_grad_() for t in (x, *layer)]
+        y = pooled(*values)
+        y.backward(grad)
+        return [y.detach(), *(v.grad for v in values)]
+
+    def plain(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        h = F.batch_norm(F.linear(x.flatten(0, 1), weight), None, None, gamma, beta, training=True)
+        h = F.leaky_relu(h, 0.2, inplace=True).view(b, n, c_out)
+        return torch.cat([h.max(1).values, h.mean(1)], 1)
+
+    yield (
+        f"conv_bn_act_pool ({b}, {n}, {c_in}) -> {c_out}, forward + backward",
+        lambda: step(lambda *values: ops.conv_bn_act_pool(*values, training=True, impl="native")),
+        lambda: step(plain),
+        close(1e-2),
+    )
+
+
 def nt_xent_cases(impl: str = "native", sizes: Sequence[int] = (256, 1024, 4096)) -> Iterator[Case]:
     for n in sizes:
         z = torch.randn(2, n, 256)
@@ -147,6 +171,7 @@ CASES = {
     "knn_graph": knn_cases,
     "edge_conv": edge_conv_cases,
     "edge_conv2": edge_conv2_cases,
+    "conv_bn_act_pool": conv_bn_act_pool_cases,
     "nt_xent": nt_xent_cases,
 }
 
