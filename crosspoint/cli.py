@@ -55,6 +55,14 @@ _COMMANDS = {
         ("run",),
         "crosspoint evaluate svm runs/first --data modelnet40/",
     ),
+    "convert": _Command(
+        "convert weights from or to the files of the authors' code",
+        "crosspoint.models.official",
+        "ConvertConfig",
+        "convert",
+        ("source", "out"),
+        "crosspoint convert best_model.pth weights.safetensors",
+    ),
     "demo": _Command(
         "all of the above on built-in shapes, in minutes",
         "crosspoint.evaluate.demo",

@@ -1,10 +1,13 @@
-"""Weights on disk: one safetensors file that carries the configuration of its model."""
+"""Weights on disk: one safetensors file that carries the configuration of its model, a CrossPoint or an encoder."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +16,33 @@ from crosspoint._files import replace_file
 from crosspoint._optional import require
 from crosspoint._version import __version__
 from crosspoint.models.crosspoint import CrossPoint, CrossPointConfig, build
+from crosspoint.models.registry import POINT_ENCODERS, create
 
-__all__ = ["load_config", "load_model", "save_model"]
+__all__ = [
+    "EncoderConfig",
+    "load_config",
+    "load_encoder",
+    "load_encoder_config",
+    "load_model",
+    "save_encoder",
+    "save_model",
+]
 
 _FILE = "weights.safetensors"
 _METADATA = "crosspoint"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What `create` makes an encoder from: `create(config.name, **config.options)`."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def create(self, *, impl: str = "auto") -> nn.Module:
+        """The encoder with fresh weights; `impl` is the operators' backend, where it has any."""
+        options = {"impl": impl} if self.name in POINT_ENCODERS else {}
+        return create(self.name, **self.options, **options)
 
 
 def save_model(path: str | os.PathLike, model: nn.Module, config: CrossPointConfig) -> Path:
@@ -29,15 +54,12 @@ def save_model(path: str | os.PathLike, model: nn.Module, config: CrossPointConf
         model: the model that `load_model` will restore, without wrappers (pass `ddp.module`).
         config: what `build` made the model from.
     """
-    safetensors = require("safetensors.torch", extra="train")
-    path = _file(path)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    header = json.dumps({"version": __version__, "config": config.to_dict()})
-    # one key alone: safetensors writes several in random order, and equal weights should be equal files
-    content = safetensors.save(tensors, metadata={_METADATA: header})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write(content))
-    return path
+    return _write(path, model, {"config": config.to_dict()})
+
+
+def save_encoder(path: str | os.PathLike, encoder: nn.Module, config: EncoderConfig) -> Path:
+    """Write an encoder's weights, its heads included, and what `create` made it from; else as `save_model`."""
+    return _write(path, encoder, {"encoder": dataclasses.asdict(config)})
 
 
 def load_model(
@@ -74,6 +96,41 @@ def load_config(path: str | os.PathLike) -> CrossPointConfig:
     return _config(path, _read(path, header_only=True)[1])
 
 
+def load_encoder(
+    path: str | os.PathLike, *, device: torch.device | str = "cpu", impl: str = "auto"
+) -> nn.Module:
+    """The point encoder, its heads included, of a run folder or of a file that `save_model` or `save_encoder` wrote.
+
+    Raises as `load_model` does.
+    """
+    path = _file(path)
+    tensors, header = _read(path)
+    if "encoder" not in header:
+        return load_model(path, device=device, impl=impl).point_encoder
+    encoder = _encoder_config(path, header).create(impl=impl)
+    _check_fit(path, tensors, encoder.state_dict())
+    encoder.load_state_dict(tensors, strict=True)
+    return encoder.to(device)
+
+
+def load_encoder_config(path: str | os.PathLike) -> EncoderConfig:
+    """What `create` makes the encoder from that `load_encoder` loads; raises as `load_model` does."""
+    path = _file(path)
+    return _encoder_config(path, _read(path, header_only=True)[1])
+
+
+def _write(path: str | os.PathLike, model: nn.Module, about: dict[str, Any]) -> Path:
+    safetensors = require("safetensors.torch", extra="train")
+    path = _file(path)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    header = json.dumps({"version": __version__, **about})
+    # one key alone: safetensors writes several in random order, and equal weights should be equal files
+    content = safetensors.save(tensors, metadata={_METADATA: header})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda file: file.write(content))
+    return path
+
+
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path / _FILE if path.is_dir() else path
@@ -98,7 +155,18 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[dict[str, Tensor], 
     return tensors, header
 
 
+def _encoder_config(path: Path, header: dict) -> EncoderConfig:
+    if "encoder" in header:
+        return EncoderConfig(**header["encoder"])
+    config = _config(path, header)
+    return EncoderConfig(config.point_encoder, config.point_options)
+
+
 def _config(path: Path, header: dict) -> CrossPointConfig:
+    if "config" not in header:
+        raise ValueError(
+            f"{path} holds an encoder alone ({header['encoder']['name']}), not a CrossPoint: load_encoder reads it"
+        )
     try:
         return CrossPointConfig.from_dict(header["config"])
     except ValueError as error:

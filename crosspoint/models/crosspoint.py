@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from crosspoint.models.dgcnn import DGCNN
 from crosspoint.models.heads import image_projection_head
-from crosspoint.models.resnet import resnet18, resnet50
+from crosspoint.models.registry import POINT_ENCODERS, accepted, create
 from crosspoint.nn import NTXentLoss
 
 __all__ = ["CrossPoint", "CrossPointConfig", "CrossPointOutput", "build"]
@@ -125,18 +125,14 @@ def _image_head(point_encoder: nn.Module, image_encoder: nn.Module, feature_dim:
     return image_projection_head(feature_dim, projection_dim)
 
 
-_POINT_ENCODERS = {"dgcnn": DGCNN}
-_IMAGE_ENCODERS = {"resnet18": resnet18, "resnet50": resnet50}
-
-
 @dataclass(frozen=True)
 class CrossPointConfig:
     """What `build` needs to make a CrossPoint; plain values, so that JSON and YAML hold it."""
 
-    point_encoder: Literal["dgcnn"] = "dgcnn"
+    point_encoder: Literal["dgcnn", "dgcnn_part", "pointnet"] = "dgcnn"
     """Encoder of the clouds."""
     k: int = 20
-    """Neighbours in its graphs, the point itself included."""
+    """Neighbours in its graphs, the point itself included; PointNet has none."""
     image_encoder: Literal["resnet18", "resnet50"] = "resnet50"
     """Encoder of the images."""
     projection_dim: int = 256
@@ -145,7 +141,8 @@ class CrossPointConfig:
     """Temperature of both losses."""
 
     def __post_init__(self):
-        for field, known in (("point_encoder", _POINT_ENCODERS), ("image_encoder", _IMAGE_ENCODERS)):
+        for field in ("point_encoder", "image_encoder"):
+            known = typing.get_args(typing.get_type_hints(type(self))[field])
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} must be one of {sorted(known)}, got {getattr(self, field)!r}")
         for field in ("k", "projection_dim"):
@@ -154,6 +151,12 @@ class CrossPointConfig:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}")
         if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature must be a positive number, got {self.temperature!r}")
+
+    @property
+    def point_options(self) -> dict[str, Any]:
+        """The options with which `create` makes the point encoder."""
+        options = {"k": self.k, "projection_dim": self.projection_dim}
+        return {key: options[key] for key in accepted(POINT_ENCODERS[self.point_encoder]) if key in options}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -168,6 +171,6 @@ class CrossPointConfig:
 
 def build(config: CrossPointConfig, *, impl: str = "auto") -> CrossPoint:
     """A CrossPoint with fresh weights from torch's global generator; `impl` is the operators' backend."""
-    points = _POINT_ENCODERS[config.point_encoder](config.k, projection_dim=config.projection_dim, impl=impl)
-    images = _IMAGE_ENCODERS[config.image_encoder](projection_dim=config.projection_dim)
+    points = create(config.point_encoder, **config.point_options, impl=impl)
+    images = create(config.image_encoder, projection_dim=config.projection_dim)
     return CrossPoint(points, images, temperature=config.temperature, impl=impl)

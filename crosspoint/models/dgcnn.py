@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crosspoint.models.heads import classification_head, point_projection_head
+from crosspoint.models.inputs import check_points
 from crosspoint.nn import EdgeConv, norm_arguments
 from crosspoint.ops import conv_bn_act_pool, knn_graph
 
@@ -76,11 +77,8 @@ class DGCNN(nn.Module):
         Returns:
             (B, 2048) features, or (features, graphs).
         """
-        if points.dim() != 3 or points.shape[2] != 3 or points.shape[1] == 0:
-            raise ValueError(f"points must be (B, N, 3) with N >= 1, got {tuple(points.shape)}")
+        check_points(points, lengths)
         convs = (self.conv1, self.conv2, self.conv3, self.conv4)
-        if lengths is not None:
-            _check_lengths(lengths, points)
         if graphs is not None and len(graphs) != len(convs):
             raise ValueError(f"graphs must hold {len(convs)} neighbour lists, got {len(graphs)}")
 
@@ -106,11 +104,3 @@ class DGCNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, impl={self.impl!r}"
-
-
-def _check_lengths(lengths: Tensor, points: Tensor) -> None:
-    b = points.shape[0]
-    if lengths.shape != (b,) or lengths.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"lengths must be ({b},) int32 or int64, got {tuple(lengths.shape)} {lengths.dtype}")
-    if lengths.device != points.device:
-        raise ValueError(f"lengths must be on {points.device}, as the points are; got {lengths.device}")

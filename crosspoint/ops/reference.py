@@ -129,7 +129,7 @@ def edge_conv(
     h = edges @ weight.t()  # (B, N, k, C_out)
 
     if gamma is not None and beta is not None:
-        h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+        h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
     return _first_largest(F.leaky_relu(h, negative_slope), valid, 2)[0].to(dtype)
 
 
@@ -165,7 +165,7 @@ def edge_conv2(
     ):
         h = torch.where(valid, h, 0) @ weight.t()  # (B, N, k, C_mid), then C_out
         if gamma is not None and beta is not None:
-            h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+            h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
         h = F.leaky_relu(h, negative_slope)
     return _first_largest(h, valid, 2)[0].to(dtype)
 
@@ -213,7 +213,7 @@ def neighbor_sum(x: Tensor, idx: Tensor) -> Tensor:
     return torch.where(valid, rows, 0).sum(2).to(x.dtype)
 
 
-def _batch_norm(
+def masked_batch_norm(
     h: Tensor,
     valid: Tensor,
     gamma: Tensor,
@@ -265,7 +265,7 @@ def conv_bn_act_pool(
         lengths = torch.full((batch,), n, device=x.device)
     valid = (torch.arange(n, device=x.device) < lengths[:, None])[..., None]  # (B, N, 1)
     h = torch.where(valid, x, 0) @ weight.t()  # (B, N, C_out)
-    h = _batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+    h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
     h = F.leaky_relu(h, negative_slope)
     mean = torch.where(valid, h, 0).sum(1) / lengths[:, None].clamp_min(1)
     largest, _ = _first_largest(h, valid, 1)

@@ -143,7 +143,10 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"point_encoder": "pointnet9"}, r"point_encoder must be one of \['dgcnn'\], got 'pointnet9'"),
+        (
+            {"point_encoder": "pointnet9"},
+            r"point_encoder must be one of \['dgcnn', 'dgcnn_part', 'pointnet'\], got 'pointnet9'",
+        ),
         ({"image_encoder": "vgg"}, "image_encoder must be one of"),
         ({"k": 0}, "k must be a positive integer, got 0"),
         ({"k": 2.5}, "k must be a positive integer, got 2.5"),
