@@ -63,12 +63,8 @@ LEAST_CHANNELS = 16
 
 
 def fits(x: Tensor, k: int) -> bool:
-    """Whether the filter takes clouds like x (B, N, C): enough channels, and tensor cores that multiply bfloat16."""
-    return (
-        LEAST_CHANNELS <= x.shape[2] <= WIDTHS[-1]
-        and k <= FILTER[-1].k
-        and (not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0))
-    )
+    """Whether the filter takes clouds like x (B, N, C): enough channels, and not too many neighbours."""
+    return LEAST_CHANNELS <= x.shape[2] <= WIDTHS[-1] and k <= FILTER[-1].k
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -27,6 +27,8 @@ __all__ = [
 
 IMPLS = ("auto", "native", "triton", "reference")
 _DEVICES = ("cpu", "cuda")
+# What the GPU kernels need: bfloat16 on tensor cores, and copies to shared memory that run beside other work.
+LEAST_CAPABILITY = (8, 0)
 
 # (op, device type) -> {backend: None, or why it cannot run}, in the order that "auto" prefers
 _table: dict[tuple[str, str], dict[str, str | None]] = {}
@@ -120,26 +122,43 @@ def choose(op: str, impl: str, device: torch.device, **traits: object) -> str:
     if impl == "reference":
         return impl
     if impl != "auto":
-        why = why_not(op, impl, device.type, traits)
+        why = why_not(op, impl, device, traits)
         if why is not None:
             raise RuntimeError(f"{op}: impl={impl!r} cannot run on {device.type} tensors: {why}")
         return impl
     for backend in rows:
-        if why_not(op, backend, device.type, traits) is None:
+        if why_not(op, backend, device, traits) is None:
             return backend
     return "reference"
 
 
-def why_not(op: str, backend: str, device: str, traits: dict[str, object]) -> str | None:
+def why_not(op: str, backend: str, device: torch.device, traits: dict[str, object]) -> str | None:
     """None where `backend` can run such a call of `op`, else why it cannot."""
     if backend == "reference":
         return None
-    if backend not in _table.get((op, device), ()):
-        return f"no kernels for {device} tensors; use impl='reference'"
-    why = _table[op, device][backend]
+    if backend not in _table.get((op, device.type), ()):
+        return f"no kernels for {device.type} tensors; use impl='reference'"
+    why = _table[op, device.type][backend]
+    if why is None and device.type == "cuda" and backend in IMPLS:
+        why = _why_not_gpu(device.index)
     if why is None and (op, backend) in _limits:
         why = _limits[op, backend](**traits)
     return why
+
+
+@torch.compiler.assume_constant_result
+def _why_not_gpu(index: int | None) -> str | None:
+    """Whether this GPU (None: the current one) is too old for the kernels."""
+    if not torch.cuda.is_available():
+        return None  # fake tensors, which run nothing
+    found = torch.cuda.get_device_capability(index)
+    if found >= LEAST_CAPABILITY:
+        return None
+    least = "{}.{}".format(*LEAST_CAPABILITY)
+    return (
+        f"the kernels need compute capability {least} (A100 or later), this GPU has {found[0]}.{found[1]}; "
+        "use impl='reference'"
+    )
 
 
 def describe_backends() -> list[BackendRow]:

@@ -75,7 +75,7 @@ def explain(op: str | Callable, *args: object, **kwargs: object) -> Explanation:
 
     device = asked.device.type
     backends = {
-        backend: _dispatch.why_not(name, backend, device, asked.traits)
+        backend: _dispatch.why_not(name, backend, asked.device, asked.traits)
         for backend in _dispatch.backends(name, device)
     }
     try:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import crosspoint
 from crosspoint import ops
@@ -87,6 +88,44 @@ def test_limits_of_a_call_are_asked(monkeypatch):
 def test_other_devices_have_the_reference_alone():
     found = ops.explain("knn_graph", X.to("meta"), 4)
     assert found.runs == "reference" and "no kernels for meta" in found.backends["native"]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_old_gpus_are_left_to_the_reference(op, monkeypatch):
+    """A CUDA tensor that is not there: `explain` and `choose` look at its device alone."""
+    rows = dict.fromkeys(("native", "triton", "reference"))
+    monkeypatch.setitem(_dispatch._table, (op, "cuda"), rows)
+    monkeypatch.setattr(_dispatch, "_limits", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def runs(capability: tuple[int, int], impl: str = "auto") -> str:
+        def get_device_capability(index):
+            asked.append(index)
+            return capability
+
+        monkeypatch.setattr(torch.cuda, "get_device_capability", get_device_capability)
+        return _dispatch.choose(op, impl, torch.device("cuda", 3))
+
+    assert [runs((8, 0)), runs((9, 0), "triton"), runs((7, 5)), runs((7, 5), "reference")] == [
+        "native", "triton", "reference", "reference",
+    ]  # fmt: skip
+    assert set(asked) == {3}
+    for impl in ("native", "triton"):
+        with pytest.raises(RuntimeError, match=r"need compute capability 8\.0 .* has 7\.5; use impl='reference'"):
+            runs((7, 5), impl)
+
+
+def test_old_gpus_are_explained(monkeypatch):
+    rows = dict.fromkeys(("native", "triton", "reference"))
+    monkeypatch.setitem(_dispatch._table, ("knn_graph", "cuda"), rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    with FakeTensorMode():
+        found = crosspoint.explain(ops.knn_graph, torch.empty(2, 8, 3, device="cuda"), 4)
+    assert found.runs == "reference"
+    assert "compute capability 8.0" in found.backends["native"]
+    assert found.backends["native"] == found.backends["triton"]
 
 
 def test_slow_inputs_are_noted():
