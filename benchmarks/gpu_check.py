@@ -1,6 +1,6 @@
 """The stages of scripts/gpu_check.sh in Python. Each writes JSON as it goes: a time limit loses only what is left.
 
-    python -m benchmarks.gpu_check environment|behaviour|small|speeds --device cuda --out FILE [--only OP]
+    python -m benchmarks.gpu_check environment|behaviour|small|speeds|paths --device cuda --out FILE [--only OP]
     python -m benchmarks.gpu_check summary --out FOLDER
 
 On the CPU (a rehearsal) the same code runs on tiny shapes, and what only a GPU can show is marked NEEDS_GPU.
@@ -24,14 +24,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.knn_paths import SETTINGS, measure
 from benchmarks.ops import edge_conv_cases, nt_xent_cases
 from benchmarks.plain import nearest
+from benchmarks.small_calls import Small, small_calls
 from crosspoint import ops
 from crosspoint.ops import _library, reference
 from crosspoint.testing import assert_same_graph
 
 NEEDS_GPU = "needs a GPU"
-OPS = ("knn_graph", "knn", "edge_conv", "nt_xent")
+OPS = tuple(sorted({row.op for row in ops.describe_backends()}))
+TIMED = ("knn_graph", "knn", "edge_conv", "nt_xent")
+STAGES = ("install", "build", "environment", "behaviour", "speeds", "paths", "battery", "sanitizers")
 PEERS = ("flashlib", "pytorch3d", "torch_cluster", "pyg_lib", "torch_geometric", "lightly")
 SCHEMA = 1
 
@@ -97,41 +101,6 @@ def environment(device: str, report: Report) -> None:
 
 
 # ---- behaviour: small calls
-
-
-class Small(NamedTuple):
-    """A call whose inputs can be changed in place."""
-
-    op: str
-    name: str
-    inputs: list[Tensor]
-    call: Callable[..., object]  # (impl, *inputs)
-
-
-def small_calls(device: str, only: str | None) -> Iterator[Small]:
-    """Awkward shapes of every operator, a few blocks each. Inputs are made on the host: copies count as written."""
-    torch.manual_seed(0)
-
-    def points(*shape: int) -> list[Tensor]:
-        return [torch.randn(shape).to(device)]
-
-    lengths = torch.tensor([77, 5, 0]).to(device)
-    graph = torch.randint(0, 61, (2, 61, 7)).to(device)
-    for op, name, inputs, call in (
-        ("knn_graph", "(3, 77, 3), k=20, lengths", points(3, 77, 3),
-         lambda impl, x: ops.knn_graph(x, 20, lengths=lengths, impl=impl)),
-        ("knn_graph", "(1, 300, 37), k=20", points(1, 300, 37),
-         lambda impl, x: ops.knn_graph(x, 20, include_self=False, impl=impl)),
-        ("knn_graph", "(1, 3000, 3), k=16", points(1, 3000, 3), lambda impl, x: ops.knn_graph(x, 16, impl=impl)),
-        ("knn_graph", "(1, 200, 5), k=150", points(1, 200, 5), lambda impl, x: ops.knn_graph(x, 150, impl=impl)),
-        ("knn", "(2, 33, 3) in (2, 129, 3), k=5", points(2, 33, 3) + points(2, 129, 3),
-         lambda impl, x, y: ops.knn(x, y, 5, impl=impl)),
-        ("edge_conv", "(2, 61, 3), k=7", [*points(2, 61, 3), *points(32, 6)],
-         lambda impl, x, w: ops.edge_conv(x, graph, w, None, None, training=True, impl=impl)),
-        ("nt_xent", "(65, 40)", points(65, 40) + points(65, 40), lambda impl, x, y: ops.nt_xent(x, y, 0.1, impl=impl)),
-    ):  # fmt: skip
-        if only in (None, op):
-            yield Small(op, name, inputs, call)
 
 
 def tensors(result: object) -> list[Tensor]:
@@ -306,7 +275,7 @@ def training_cases(op: str, device: str) -> Iterator[Case]:
 
 
 def cases(device: str, only: str | None) -> Iterator[Case]:
-    for op in OPS:
+    for op in TIMED:
         if only not in (None, op) or not backends(op, device):
             continue
         yield from knn_cases(op, device) if op in ("knn_graph", "knn") else training_cases(op, device)
@@ -408,6 +377,23 @@ def _installed(package: str) -> bool:
     return True
 
 
+# ---- paths
+
+
+def paths(device: str, report: Report) -> None:
+    """The searches of k-NN around the numbers that choose between them."""
+    clock = Clock(device) if device == "cuda" else None
+    for setting in SETTINGS:
+        if clock is None:
+            report.add(setting=setting.name, paths=list(setting.paths), status=NEEDS_GPU)
+            continue
+        try:
+            for row in measure(setting, device, clock):
+                report.add(**row)
+        except Exception as error:
+            report.add(setting=setting.name, status="failed", why=f"{type(error).__name__}: {error}"[:300])
+
+
 # ---- summary
 
 
@@ -417,8 +403,9 @@ def summary(folder: Path) -> dict:
     for line in (folder / "stages.tsv").read_text(errors="replace").splitlines():
         name, status, seconds, last_line = line.split("\t")
         stages[name] = {"status": status, "seconds": int(seconds), "last_line": last_line}
-    whole: dict = {"schema": SCHEMA, "stages": stages}
-    for part in ("environment", "behaviour", "speeds"):
+    # The last ones run side by side, and end in any order.
+    whole: dict = {"schema": SCHEMA, "stages": {name: stages[name] for name in STAGES if name in stages}}
+    for part in ("environment", "behaviour", "speeds", "paths"):
         path = folder / f"{part}.json"
         whole[part] = json.loads(path.read_text())["rows"] if path.exists() else []
     (folder / "gpu_check.json").write_text(json.dumps(whole, indent=2) + "\n")
@@ -446,12 +433,16 @@ def table(whole: dict) -> str:
         extra = "  ".join(f"{name} {size}" for name, size in row["extra_bytes"].items())
         lines.append(f"{row['op']} {row['case']}: {times}{target}; extra: {extra}")
         lines += [f"    {name}: {error}" for name, error in row["errors"].items()]
+    lines += ["", "k-NN by path, microseconds"]
+    for row in whole["paths"]:
+        found = row.get("us") or row["status"]
+        lines.append(f"{row['setting']} {tuple(row.get('shape', ()))}: {found}")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("environment", "behaviour", "small", "speeds", "summary"))
+    parser.add_argument("stage", choices=("environment", "behaviour", "small", "speeds", "paths", "summary"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, required=True, help="the stage's JSON; of summary, the folder")
     parser.add_argument("--only", choices=OPS)
@@ -466,7 +457,9 @@ def main() -> None:
     if args.stage == "environment":
         environment(args.device, report)
         return
-    if args.stage == "speeds":
+    if args.stage == "paths":
+        paths(args.device, report)
+    elif args.stage == "speeds":
         speeds(args.device, report, args.only, args.seconds)
     else:
         {"behaviour": behaviour, "small": run_small}[args.stage](args.device, report, args.only)

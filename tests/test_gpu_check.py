@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_check import deterministic, forward_backward
+from benchmarks.knn_paths import SETTINGS, forced
 from benchmarks.preferences import committed, faster
+from benchmarks.small_calls import CALLS, small_calls
+from crosspoint import ops
 from crosspoint.ops import _dispatch, _preferences
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["install", "build", "environment", "behaviour", "speeds", "battery", "sanitizers"]
+STAGES = ["install", "build", "environment", "behaviour", "speeds", "paths", "battery", "sanitizers"]
 STATUSES = {"passed", "failed", "timed out", "no time left", "needs a GPU"}
 
 
@@ -26,7 +31,7 @@ def gpu_check(out: Path, *arguments: str, **environment: str) -> tuple[int, dict
     )
     assert (out / "gpu_check.json").exists(), ran.stderr
     whole = json.loads((out / "gpu_check.json").read_text())
-    assert list(whole) == ["schema", "stages", "environment", "behaviour", "speeds"]
+    assert list(whole) == ["schema", "stages", "environment", "behaviour", "speeds", "paths"]
     assert whole["schema"] == 1
     assert list(whole["stages"]) == STAGES
     assert {stage["status"] for stage in whole["stages"].values()} <= STATUSES
@@ -49,6 +54,8 @@ def test_rehearsal_runs_every_stage(tmp_path):
         ("CUDA graph", "needs a GPU"),
         ("non-default stream", "needs a GPU"),
     }
+    assert [row["setting"] for row in whole["paths"]] == [setting.name for setting in SETTINGS]
+    assert {row["status"] for row in whole["paths"]} == {"needs a GPU"}
     for row in whole["speeds"]:
         assert row["us"]["native"] > 0
         assert row["us"]["plain"] > 0
@@ -87,6 +94,35 @@ def test_it_needs_a_gpu_or_says_so(tmp_path):
     )
     assert ran.returncode == 2
     assert "--rehearse" in ran.stderr
+
+
+def test_every_operator_has_small_calls():
+    assert set(CALLS) == {row.op for row in ops.describe_backends()}
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_small_calls_repeat_and_reach_every_input(op):
+    """As the stage `behaviour` calls them; and they agree with the reference, so that they are what they seem."""
+    for small in small_calls("cpu", op):
+        deterministic(small, "native")
+        expected = forward_backward(small, "reference")
+        for found, wanted in zip(forward_backward(small, "native"), expected, strict=True):
+            if wanted.is_floating_point():
+                assert (found - wanted).nan_to_num().norm() <= 1e-4 * wanted[wanted.isfinite()].norm()
+        gradients = expected[-len(small.inputs) :] if op != "knn_graph" else []
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_settings_of_paths_are_those_of_the_source(monkeypatch):
+    source = (ROOT / "csrc" / "cuda" / "knn_paths.h").read_text()
+    numbers = {name: int(value) for name, value in re.findall(r"int64_t (k\w+) = (\d+);", source)}
+    assert numbers.keys() == {setting.name for setting in SETTINGS}
+    monkeypatch.delenv("CROSSPOINT_KNN_PATH", raising=False)
+    for setting in SETTINGS:
+        assert all(path in source for path in setting.paths)
+    with forced("tree"):
+        assert os.environ["CROSSPOINT_KNN_PATH"] == "tree"
+    assert "CROSSPOINT_KNN_PATH" not in os.environ
 
 
 def test_preferences_follow_the_committed_results():

@@ -4,6 +4,7 @@
 #include "cuda/knn_cloud.h"
 #include "cuda/knn_filter.h"
 #include "cuda/knn_general.h"
+#include "cuda/knn_paths.h"
 #include "cuda/knn_tree.h"
 
 namespace crosspoint::cuda {
@@ -21,8 +22,6 @@ cudaError_t search_general(const KnnArgs<T>& a, cudaStream_t stream) {
   return launch(knn_general<T>, grid_of(blocks), dim3(kGeneralWarps * kWarp), general_shared<T>(), stream,
                 Search<T>{a}, per_cloud, blocks);
 }
-
-constexpr int64_t kFewChannels = 8;
 
 int64_t cloud_stride(const KnnArgs<float>& a) { return (a.candidates + kCloudPad - 1) / kCloudPad * kCloudPad; }
 int64_t cloud_depth(const KnnArgs<float>& a) { return a.channels <= 3 ? 3 : 8; }
@@ -47,16 +46,11 @@ cudaError_t search_cloud(const KnnArgs<float>& a, cudaStream_t stream) {
   return a.candidates <= kChunk ? launch_cloud<8, true>(a, stream) : launch_cloud<8, false>(a, stream);
 }
 
-// Where the tree's dozen small kernels pay: from as many points, and from fewer where there are many queries.
-constexpr int64_t kTreeLeast = 8192, kTreeLeastOfMany = 4096, kManyQueries = 65536;
-
 KnnPath chosen(const KnnArgs<float>& a, KnnPath path) {
   if (path != KnnPath::automatic) return path;
   const bool large = a.candidates > kTreeLeast ||
                      (a.candidates >= kTreeLeastOfMany && a.batch * a.queries >= kManyQueries);
   if (large && tree_supports(a)) return KnnPath::tree;
-  // By channels and k alone: two paths sum distances of many channels in different orders, and padding or the rest
-  // of a batch must not change an answer.
   if (a.channels > kFewChannels && filter_supports(a)) return KnnPath::filter;
   return cloud_supports(a) ? KnnPath::cloud : KnnPath::general;
 }

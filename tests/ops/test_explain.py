@@ -112,7 +112,9 @@ def test_old_gpus_are_left_to_the_reference(op, monkeypatch):
     ]  # fmt: skip
     assert set(asked) == {3}
     for impl in ("native", "triton"):
-        with pytest.raises(RuntimeError, match=r"need compute capability 8\.0 .* has 7\.5; use impl='reference'"):
+        with pytest.raises(
+            RuntimeError, match=r"need compute capability 8\.0 .* has 7\.5; use impl='reference'"
+        ):
             runs((7, 5), impl)
 
 

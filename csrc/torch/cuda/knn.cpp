@@ -18,6 +18,18 @@ Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
   return values;
 }
 
+// CROSSPOINT_KNN_PATH forces a search, to measure it.
+cuda::KnnPath path_asked_for() {
+  const char* setting = std::getenv("CROSSPOINT_KNN_PATH");
+  const std::string name = setting == nullptr ? "" : setting;
+  if (name.empty() || name == "automatic") return cuda::KnnPath::automatic;
+  if (name == "general") return cuda::KnnPath::general;
+  if (name == "cloud") return cuda::KnnPath::cloud;
+  if (name == "tree") return cuda::KnnPath::tree;
+  if (name == "filter") return cuda::KnnPath::filter;
+  throw std::invalid_argument("CROSSPOINT_KNN_PATH must be general, cloud, tree or filter, got " + name);
+}
+
 std::tuple<Tensor, Tensor> search(const char* op, const Tensor& query, const Tensor& points, int64_t k,
                                   const Lengths& lengths_query, const Lengths& lengths_points, Self self,
                                   bool distances) {
@@ -33,8 +45,11 @@ std::tuple<Tensor, Tensor> search(const char* op, const Tensor& query, const Ten
     const KnnArgs<T> args{data<T>(x), data<T>(y), pointer(lengths_query), pointer(lengths_points), batch, queries,
                           candidates, channels, k, self, mutable_data<int64_t>(idx),
                           distances ? mutable_data<T>(dist2) : nullptr};
-    Tensor space = workspace(x, cuda::knn_workspace(args));
-    throw_if_failed(cuda::knn(args, space.mutable_data_ptr(), device.stream()), op);
+    const cuda::KnnPath path = path_asked_for();
+    if (!cuda::knn_supports(args, path))
+      throw std::invalid_argument(std::string(op) + ": the search that CROSSPOINT_KNN_PATH asks for cannot run this call");
+    Tensor space = workspace(x, cuda::knn_workspace(args, path));
+    throw_if_failed(cuda::knn(args, space.mutable_data_ptr(), device.stream(), path), op);
   });
   return {idx, dist2};
 }
