@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -110,6 +112,19 @@ def check_norm(
         raise RuntimeError(
             f"{op}: running_mean{layer} and running_var{layer} must be given in evaluation mode; pass them, or "
             "training=True to use the statistics of this batch"
+        )
+
+
+def check_graph(op: str, idx: Tensor, n: int) -> None:
+    """Where CROSSPOINT_CHECK=1 asks for it, at the price of waiting for the device: an IndexError for an entry of
+    idx (B, N, k) that is neither -1 nor in [0, n). Otherwise kernels take such an entry for no edge."""
+    if os.environ.get("CROSSPOINT_CHECK") != "1":
+        return
+    wrong = ((idx < -1) | (idx >= n)).nonzero()
+    if len(wrong):
+        place = wrong[0].tolist()
+        raise IndexError(
+            f"{op}: idx{place} is {idx[tuple(place)].item()}, but it must be -1 (no edge) or in [0, {n}), a row of x"
         )
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "build_info",
     "cpu_variant",
     "define",
+    "define_leaf",
     "define_like",
     "has_kernel",
     "implement",
@@ -35,10 +36,16 @@ def define(schema: str, fake: Callable) -> None:
     torch.library.register_fake(f"crosspoint::{name}", fake, lib=_namespace)
 
 
-def define_like(name: str, backend: str) -> None:
-    """Define `name`_`backend`, the operator by which another backend serves what operator `name` does."""
-    signature, fake = _fakes[name]
-    define(f"{name}_{backend}{signature}", fake)
+def define_like(name: str, backend: str, fake: Callable | None = None) -> None:
+    """Define `name`_`backend`, the operator by which another backend serves what operator `name` does; `fake` is its
+    shape function where what it keeps for the backward pass differs."""
+    signature, shared = _fakes[name]
+    define(f"{name}_{backend}{signature}", fake or shared)
+
+
+def define_leaf(schema: str) -> None:
+    """Define an operator that only implementations of others call, and so needs no shape function."""
+    _namespace.define(schema)
 
 
 def implement(name: str, run: Callable, key: str) -> None:

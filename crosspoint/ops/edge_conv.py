@@ -31,8 +31,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _library, reference
-from crosspoint.ops._checks import FLOATS, check_norm
+from crosspoint.ops import _dispatch, _gpu, _library, reference
+from crosspoint.ops._checks import FLOATS, check_norm, compute_dtype
 
 __all__ = ["edge_conv"]
 
@@ -71,7 +71,7 @@ def edge_conv(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         negative_slope: of the LeakyReLU, >= 0; 0 is ReLU.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         (B, N, C_out) in the dtype of x (or autocast's). Differentiable once in x, weight, gamma and beta.
@@ -115,6 +115,7 @@ def edge_conv(
         eps,
         negative_slope,
         torch.is_grad_enabled(),
+        backend,
     )[0]
 
 
@@ -161,32 +162,50 @@ def _check(
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fake_forward(x, *args):
+    return _shapes(x, *args, gpu=x.device.type == "cuda")
 
 
-def _fake_forward(
-    x, idx, weight, gamma, beta, running_mean, running_var, training, momentum, eps, negative_slope, backward
+def _fake_forward_gpu(*args):
+    return _shapes(*args, gpu=True)
+
+
+def _shapes(
+    x,
+    idx,
+    weight,
+    gamma,
+    beta,
+    running_mean,
+    running_var,
+    training,
+    momentum,
+    eps,
+    negative_slope,
+    backward,
+    *,
+    gpu,
 ):
-    (batch, n, k), c_out, dtype = idx.shape, weight.shape[0], _compute_dtype(x)
-    nodes = (batch, n, c_out)
+    (batch, n, k), (c_out, c_in), dtype = idx.shape, (weight.shape[0], x.shape[2]), compute_dtype(x)
+    nodes, none = (batch, n, c_out), (0,)
     sums = backward and training and gamma is not None
     return (
         x.new_empty(nodes),
-        x.new_empty(nodes if backward else (0,), dtype=dtype),
-        x.new_empty(nodes if backward else (0,), dtype=torch.uint8 if k <= 256 else torch.int32),
-        x.new_empty(nodes if sums else (0,), dtype=dtype),
-        x.new_empty(nodes if sums else (0,), dtype=dtype),
+        x.new_empty(nodes if backward else none, dtype=dtype),
+        x.new_empty(nodes if backward else none, dtype=torch.uint8 if k <= 256 else torch.int32),
+        x.new_empty(((batch, n, c_in) if gpu else nodes) if sums else none, dtype=dtype),
+        x.new_empty(nodes if sums and not gpu else none, dtype=dtype),
         x.new_empty((2, batch, n), dtype=torch.int32),
-        x.new_empty((batch, x.shape[2]), dtype=dtype),
+        x.new_empty((batch, c_in), dtype=dtype),
         x.new_empty((batch, c_out), dtype=torch.float64),
         x.new_empty((c_out,), dtype=torch.float64),
+        x.new_empty((2 * c_in + batch, 2 * c_in) if sums and gpu else none, dtype=torch.float64),
     )
 
 
 def _fake_backward(grad, x, idx, weight, gamma, *rest):
     need_x, need_weight = rest[-2:]
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     channels = (0,) if gamma is None else (weight.shape[0],)
     return (
         x.new_empty(x.shape if need_x else (0,)),
@@ -200,16 +219,20 @@ _library.define(
     "edge_conv(Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool training, float momentum, float eps, float negative_slope, bool backward)"
     " -> (Tensor out, Tensor winner, Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, "
-    "Tensor centre, Tensor offset, Tensor rstd)",
+    "Tensor centre, Tensor offset, Tensor rstd, Tensor moments)",
     _fake_forward,
 )
 _library.define(
     "edge_conv_backward(Tensor grad, Tensor x, Tensor idx, Tensor weight, Tensor? gamma, Tensor? beta, "
     "Tensor winner, Tensor slot, Tensor out_sum, Tensor in_sum, Tensor degrees, Tensor centre, "
-    "Tensor offset, Tensor rstd, bool training, float negative_slope, bool need_x, bool need_weight)"
+    "Tensor offset, Tensor rstd, Tensor moments, bool training, float negative_slope, bool need_x, "
+    "bool need_weight)"
     " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)",
     _fake_backward,
 )
+_library.define_like("edge_conv", "triton", _fake_forward_gpu)
+_library.define_like("edge_conv_backward", "triton")
+_gpu.implement("edge_conv", "edge_conv", "edge_conv_backward")
 
 
 class _EdgeConv(torch.autograd.Function):
@@ -227,8 +250,9 @@ class _EdgeConv(torch.autograd.Function):
         eps,
         negative_slope,
         backward,
+        backend,
     ):
-        return torch.ops.crosspoint.edge_conv(
+        return _dispatch.operator("edge_conv", backend)(
             x,
             idx,
             weight,
@@ -245,21 +269,23 @@ class _EdgeConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, idx, weight, gamma, beta, _, _, training, _, _, negative_slope, _ = inputs
+        x, idx, weight, gamma, beta, _, _, training, _, _, negative_slope, _, backend = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, idx, weight, gamma, beta, *saved)
-        ctx.training, ctx.negative_slope = training, negative_slope
+        ctx.training, ctx.negative_slope, ctx.backend = training, negative_slope, backend
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         x, idx, weight, gamma, beta, *saved = ctx.saved_tensors
         need_x, _, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:5]
         grad_x, grad_weight, grad_gamma, grad_beta = _EdgeConvBackward.apply(
-            grad, x, idx, weight, gamma, beta, *saved, ctx.training, ctx.negative_slope, need_x, need_weight
+            ctx.backend,
+            *(grad, x, idx, weight, gamma, beta, *saved),
+            *(ctx.training, ctx.negative_slope, need_x, need_weight),
         )
         return (
             grad_x if need_x else None,
@@ -267,7 +293,7 @@ class _EdgeConv(torch.autograd.Function):
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_gamma.to(gamma.dtype) if need_gamma else None,
             grad_beta.to(beta.dtype) if need_beta else None,
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -275,46 +301,8 @@ class _EdgeConvBackward(torch.autograd.Function):
     """The backward pass, which has no derivative: it says so instead of giving zeros."""
 
     @staticmethod
-    def forward(
-        grad,
-        x,
-        idx,
-        weight,
-        gamma,
-        beta,
-        winner,
-        slot,
-        out_sum,
-        in_sum,
-        degrees,
-        centre,
-        offset,
-        rstd,
-        training,
-        negative_slope,
-        need_x,
-        need_weight,
-    ):
-        return torch.ops.crosspoint.edge_conv_backward(
-            grad,
-            x,
-            idx,
-            weight,
-            gamma,
-            beta,
-            winner,
-            slot,
-            out_sum,
-            in_sum,
-            degrees,
-            centre,
-            offset,
-            rstd,
-            training,
-            negative_slope,
-            need_x,
-            need_weight,
-        )
+    def forward(backend, *args):
+        return _dispatch.operator("edge_conv_backward", backend)(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -34,7 +34,7 @@ struct SavedTensors {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv(
     const Tensor& x, const Tensor& idx, const Tensor& weight, const std::optional<Tensor>& gamma,
     const std::optional<Tensor>& beta, std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
     bool training, double momentum, double eps, double negative_slope, bool backward) {
@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
                      new_tensor(x, {batch, c_in}, dtype),
                      new_tensor(x, {batch, c_out}, ScalarType::Double),
                      new_tensor(x, {c_out}, ScalarType::Double)};
+  const Tensor moments = new_tensor(x, none, ScalarType::Double);  // kept by the GPU kernels alone
   if (batch * n * k == 0) {
     for (Tensor* output : {&out, &saved.winner, &saved.slot, &saved.out_sum, &saved.in_sum, &saved.degrees,
                            &saved.centre, &saved.offset, &saved.rstd})
@@ -89,15 +90,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   if (x.scalar_type() != dtype) out = torch::stable::to(out, x.scalar_type());
   return {out,           saved.winner, saved.slot,   saved.out_sum, saved.in_sum,
-          saved.degrees, saved.centre, saved.offset, saved.rstd};
+          saved.degrees, saved.centre, saved.offset, saved.rstd,    moments};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_backward(
     const Tensor& grad, const Tensor& x, const Tensor& idx, const Tensor& weight,
     const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, const Tensor& winner,
     const Tensor& slot, const Tensor& out_sum, const Tensor& in_sum, const Tensor& degrees,
-    const Tensor& centre, const Tensor& offset, const Tensor& rstd, bool training, double negative_slope,
-    bool need_x, bool need_weight) {
+    const Tensor& centre, const Tensor& offset, const Tensor& rstd, const Tensor&, bool training,
+    double negative_slope, bool need_x, bool need_weight) {
   const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2),
                 c_out = weight.size(0);
   const ScalarType dtype = compute_dtype(x);

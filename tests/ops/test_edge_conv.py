@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from crosspoint import ops
 from crosspoint.ops import reference
-from op_tester import Call, OpTester, assert_close, threads
+from op_tester import Call, OpTester, assert_close, threads, usable_backends
 
-IMPLS = ["reference", "native"]
+IMPLS = sorted(usable_backends("edge_conv", "cpu"))
 
 
 def make(

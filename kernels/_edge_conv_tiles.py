@@ -1,0 +1,34 @@
+"""How EdgeConv's kernels cut nodes and channels into programs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from crosspoint.kernels._common import INTERPRETED
+
+__all__ = ["GATHER", "MOMENTS", "PASS", "Tile", "choose"]
+
+
+class Tile(NamedTuple):
+    """Nodes and channels that a program works on at a time."""
+
+    rows: int
+    channels: int
+    warps: int
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "CHANNELS": self.channels}
+
+
+# By channels: the first entry that holds them all, or the last.
+GATHER = (Tile(64, 16, 4), Tile(32, 32, 4), Tile(16, 64, 4))
+PASS = (Tile(128, 16, 4), Tile(64, 32, 4), Tile(32, 64, 4))
+MOMENTS = (Tile(32, 16, 4), Tile(32, 32, 4))
+
+
+def choose(table: tuple[Tile, ...], channels: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants and options of a launch; interpreted, larger tiles, since time goes by operations there."""
+    tile = next((tile for tile in table if channels <= tile.channels), table[-1])
+    if INTERPRETED:
+        tile = tile._replace(rows=max(tile.rows, 64))
+    return tile.constants(), {"num_warps": tile.warps}
