@@ -47,6 +47,14 @@ _COMMANDS = {
         ("data",),
         "crosspoint pretrain data/ --out runs/first",
     ),
+    "data check": _Command(
+        "report on a folder of data before hours are spent on it",
+        "crosspoint.data.check",
+        "CheckConfig",
+        "check",
+        ("root",),
+        "crosspoint data check data/",
+    ),
     "evaluate svm": _Command(
         "score an encoder: linear SVM on its features of ModelNet40",
         "crosspoint.evaluate.svm",

@@ -8,15 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from crosspoint.data.augment import CloudAugmentation, ImageAugmentation
-    from crosspoint.data.modelnet import LabelledClouds, load_modelnet40, write_modelnet40
+    from crosspoint.data.modelnet import (
+        LabelledClouds,
+        load_modelnet40,
+        load_modelnet40_text,
+        write_modelnet40,
+    )
     from crosspoint.data.pairs import PairDataset
+    from crosspoint.data.parts import PartClouds, load_parts
+    from crosspoint.data.s3dis import RoomBlocks, load_s3dis
+    from crosspoint.data.scanobjectnn import load_scanobjectnn
 
 __all__ = [
     "CloudAugmentation",
     "ImageAugmentation",
     "LabelledClouds",
     "PairDataset",
+    "PartClouds",
+    "RoomBlocks",
     "load_modelnet40",
+    "load_modelnet40_text",
+    "load_parts",
+    "load_s3dis",
+    "load_scanobjectnn",
     "write_modelnet40",
 ]
 
@@ -25,7 +39,13 @@ _MODULES = {
     "ImageAugmentation": "augment",
     "LabelledClouds": "modelnet",
     "PairDataset": "pairs",
+    "PartClouds": "parts",
+    "RoomBlocks": "s3dis",
     "load_modelnet40": "modelnet",
+    "load_modelnet40_text": "modelnet",
+    "load_parts": "parts",
+    "load_s3dis": "s3dis",
+    "load_scanobjectnn": "scanobjectnn",
     "write_modelnet40": "modelnet",
 }
 

@@ -1,4 +1,4 @@
-"""ModelNet40 as the h5 files in which it is shared."""
+"""ModelNet40 as the h5 files in which it is shared, and in its normal-resampled text form."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import torch
 
 from crosspoint._files import replace_file
 from crosspoint._optional import require
+from crosspoint.data.h5 import check_labels, find_files, read_clouds, read_names
 
-__all__ = ["LabelledClouds", "load_modelnet40", "write_modelnet40"]
+__all__ = ["LabelledClouds", "load_modelnet40", "load_modelnet40_text", "write_modelnet40"]
 
 _FOLDER = "modelnet40_ply_hdf5_2048"
 _NAMES = "shape_names.txt"
 _LAYOUT = (
     f"expected layout: ply_data_train*.h5 and ply_data_test*.h5 in ROOT or ROOT/{_FOLDER}, "
     "each with 'data' (n, >= points, 3) and 'label' (n, 1)"
+)
+_TEXT_LAYOUT = (
+    "expected layout: ROOT/modelnet40_shape_names.txt, ROOT/modelnet40_train.txt, ROOT/modelnet40_test.txt and "
+    "ROOT/<class>/<id>.txt with x,y,z,nx,ny,nz a line"
 )
 
 
@@ -38,13 +43,51 @@ def load_modelnet40(root: str | Path, split: str, *, points: int = 1024) -> Labe
     Raises FileNotFoundError that says where it looked, and ValueError for files that do not hold what they
     should.
     """
-    if points < 1:
-        raise ValueError(f"points must be at least 1, got {points}")
     files = _split_files(Path(root), split)
     clouds, labels = zip(*(_read(path, points) for path in files), strict=True)
     label = np.concatenate(labels)
-    class_names = _class_names(files[0].parent / _NAMES, label)
+    class_names = read_names(files[0].parent / _NAMES, int(label.max(initial=-1)) + 1)
     return LabelledClouds(torch.from_numpy(np.concatenate(clouds)), torch.from_numpy(label), class_names)
+
+
+def load_modelnet40_text(root: str | Path, split: str, *, points: int = 1024) -> LabelledClouds:
+    """Read a split of modelnet40_normal_resampled: a text file a shape, x,y,z,nx,ny,nz a line; normals are left out.
+
+    `root` holds modelnet40_shape_names.txt, modelnet40_train.txt, modelnet40_test.txt and <class>/<id>.txt. Shapes
+    come in the order of the listing. Raises as `load_modelnet40` does.
+    """
+    _check_split(split)
+    root = Path(root)
+    listing, names_file = root / f"modelnet40_{split}.txt", root / "modelnet40_shape_names.txt"
+    for path in (listing, names_file):
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}; {_TEXT_LAYOUT}")
+    names, ids = read_names(names_file, 0), read_names(listing, 0)
+    clouds, labels = np.empty((len(ids), points, 3), np.float32), np.empty(len(ids), np.int64)
+    for i, shape in enumerate(ids):
+        name = shape.rpartition("_")[0]
+        if name not in names:
+            raise ValueError(f"{listing}: {shape!r} is of no class in {names_file.name}")
+        clouds[i], labels[i] = _read_text(root / name / f"{shape}.txt", points), names.index(name)
+    return LabelledClouds(torch.from_numpy(clouds), torch.from_numpy(labels), names)
+
+
+def _read_text(path: Path, points: int) -> np.ndarray:
+    try:
+        values = np.loadtxt(path, np.float32, delimiter=",", max_rows=points, ndmin=2)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path}, which the listing names; {_TEXT_LAYOUT}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_TEXT_LAYOUT}") from error
+    if values.shape[0] < points or values.shape[1] not in (3, 6):
+        raise ValueError(
+            f"{path}: has {values.shape[0]} lines of {values.shape[1]} numbers, expected at least {points} of 6 (or 3)"
+        )
+    if not np.isfinite(values[:, :3]).all():
+        raise ValueError(
+            f"{path}: point {int(np.flatnonzero(~np.isfinite(values[:, :3]).all(1))[0])} is not finite"
+        )
+    return values[:, :3]
 
 
 def write_modelnet40(root: str | Path, split: str, clouds: LabelledClouds) -> None:
@@ -74,7 +117,7 @@ def write_modelnet40(root: str | Path, split: str, clouds: LabelledClouds) -> No
             f"{folder} already holds {', '.join(sorted(others))}; write into an empty folder"
         )
     listing = folder / _NAMES
-    if listing.exists() and _read_names(listing) != names:
+    if listing.exists() and read_names(listing, 0) != names:
         raise ValueError(
             f"{listing} names other classes than the clouds to be written; write into an empty folder"
         )
@@ -99,54 +142,9 @@ def _home(root: Path) -> Path:
 
 def _split_files(root: Path, split: str) -> list[Path]:
     _check_split(split)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; {_LAYOUT}")
-    for folder in (root, root / _FOLDER):
-        if files := sorted(folder.glob(f"ply_data_{split}*.h5")):
-            return files
-    raise FileNotFoundError(f"no ply_data_{split}*.h5 in {root} or {root / _FOLDER}; {_LAYOUT}")
+    return find_files([root, root / _FOLDER], [f"ply_data_{split}*.h5"], _LAYOUT)
 
 
 def _read(path: Path, points: int) -> tuple[np.ndarray, np.ndarray]:
-    h5py = require("h5py", extra="train")
-    try:
-        with h5py.File(path, "r") as h5:
-            missing = [key for key in ("data", "label") if key not in h5]
-            if missing:
-                raise ValueError(f"{path}: has no {' and no '.join(map(repr, missing))}; {_LAYOUT}")
-            shape, label = h5["data"].shape, np.asarray(h5["label"])
-            if len(shape) != 3 or shape[2] != 3 or label.size != shape[0] or label.shape[0] != shape[0]:
-                raise ValueError(
-                    f"{path}: 'data' has shape {shape} and 'label' {label.shape}; "
-                    "expected (n, points, 3) and (n, 1)"
-                )
-            if shape[1] < points:
-                raise ValueError(
-                    f"{path}: has {shape[1]} points per cloud, {points} were asked for; ask for fewer"
-                )
-            data = np.asarray(h5["data"][:, :points], dtype=np.float32)
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable h5 file ({error})") from error
-    if label.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels must be whole numbers, got {label.dtype}")
-    if not np.isfinite(data).all():
-        raise ValueError(
-            f"{path}: cloud {int(np.flatnonzero(~np.isfinite(data).all((1, 2)))[0])} is not finite"
-        )
-    return data, label.reshape(-1).astype(np.int64)
-
-
-def _class_names(listing: Path, labels: np.ndarray) -> tuple[str, ...]:
-    if len(labels) and labels.min() < 0:
-        raise ValueError(f"{listing.parent}: labels start at {labels.min()}; expected 0 or more")
-    needed = int(labels.max(initial=-1)) + 1
-    if not listing.exists():
-        return tuple(map(str, range(needed)))
-    names = _read_names(listing)
-    if len(names) < needed:
-        raise ValueError(f"{listing}: names {len(names)} classes, but a label is {needed - 1}")
-    return names
-
-
-def _read_names(listing: Path) -> tuple[str, ...]:
-    return tuple(name.strip() for name in listing.read_text(encoding="utf-8").splitlines() if name.strip())
+    data, label = read_clouds(path, points, ["label"], _LAYOUT)
+    return data, check_labels(path, "label", label, (len(data),), _LAYOUT)

@@ -109,6 +109,11 @@ class PairDataset(Dataset):
         else:
             self._worker_epoch = epoch
 
+    @property
+    def views_per_shape(self) -> list[int]:
+        """How many images each shape has, in the order of `names`."""
+        return [len(files) for files in self._views]
+
     def __len__(self) -> int:
         return len(self.names)
 

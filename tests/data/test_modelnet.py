@@ -127,5 +127,6 @@ def test_writing_checks_the_clouds(tmp_path, change, reason):
 def test_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="'train' or 'test', got 'val'"):
         load_modelnet40(tmp_path, "val")
+    write_modelnet40(tmp_path, "train", clouds())
     with pytest.raises(ValueError, match="points must be at least 1"):
         load_modelnet40(tmp_path, "train", points=0)
