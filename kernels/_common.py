@@ -15,13 +15,16 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MISSING",
+    "check_graph",
     "check_lengths",
     "device_of",
+    "gather_blocks",
     "log2",
     "merge_rows",
     "programs",
     "rows_of_block",
     "sort_rows",
+    "widened",
 ]
 
 # Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1): on the CPU, slowly, to test them.
@@ -44,6 +47,30 @@ def check_lengths(name: str, lengths: torch.Tensor | None, most: int) -> None:
     for b, length in enumerate(lengths.tolist()):
         if not 0 <= length <= most:
             raise IndexError(f"{name}[{b}] is {length}: expected a number of points between 0 and {most}")
+
+
+def check_graph(op: str, idx: torch.Tensor, n: int) -> None:
+    """The same for idx (B, M, k): each entry must be -1 or in [0, n). Otherwise the kernels take it for no edge."""
+    if os.environ.get("CROSSPOINT_CHECK") != "1":
+        return
+    wrong = ((idx < -1) | (idx >= n)).nonzero()
+    if len(wrong):
+        b, i, s = wrong[0].tolist()
+        raise IndexError(
+            f"{op}: idx[{b}, {i}, {s}] is {int(idx[b, i, s])}, but it must be -1 (no edge) or in [0, {n}), a row of x"
+        )
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x as contiguous float64, if it is that, or float32."""
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
+
+
+def gather_blocks(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel that gathers rows: 1,024 values a program, in up to 64 channels."""
+    width = min(max(triton.next_power_of_2(channels), 4), 64)
+    height = rows_of_block(1024 // width)
+    return (triton.cdiv(rows, height), triton.cdiv(channels, width)), {"ROWS": height, "CHANNELS": width}
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:

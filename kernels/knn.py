@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from crosspoint.kernels import knn_filter
-from crosspoint.kernels._common import check_lengths, device_of, programs, rows_of_block
+from crosspoint.kernels._common import check_lengths, device_of, programs, rows_of_block, widened
 from crosspoint.kernels.knn_direct import (
     DIRECT,
     MERGE,
@@ -35,7 +35,7 @@ __all__ = ["knn", "knn_graph"]
 def knn_graph(x: Tensor, k: int, lengths: Tensor | None, include_self: bool) -> Tensor:
     """idx (B, N, k) of crosspoint::knn_graph_triton."""
     check_lengths("lengths", lengths, x.shape[1])
-    x = _plain(x)
+    x = widened(x)
     idx = x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64)
     own = SELF_FIRST if include_self else SELF_LEFT_OUT
     _search(x, x, k, lengths, lengths, own.value, idx, None)
@@ -48,15 +48,11 @@ def knn(
     """dist2, idx (B, M, k) of crosspoint::knn_triton."""
     check_lengths("lengths_query", lengths_query, query.shape[1])
     check_lengths("lengths_points", lengths_points, points.shape[1])
-    query, points = _plain(query), _plain(points)
+    query, points = widened(query), widened(points)
     shape = (query.shape[0], query.shape[1], k)
     dist2, idx = query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
     _search(query, points, k, lengths_query, lengths_points, OTHER_SET.value, idx, dist2)
     return dist2, idx
-
-
-def _plain(x: Tensor) -> Tensor:
-    return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
 def _search(

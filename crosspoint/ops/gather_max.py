@@ -24,7 +24,7 @@ def gather_max(x: Tensor, idx: Tensor, *, impl: str = "auto") -> tuple[Tensor, T
     Args:
         x: (B, N, C), float64, float32, float16 or bfloat16.
         idx: (B, M, k) int64: neighbours of M nodes, rows of the same cloud of x, or -1 for none.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         values, (B, M, C) in the dtype of x; 0 for a node without neighbours. Differentiable any number of
@@ -34,12 +34,14 @@ def gather_max(x: Tensor, idx: Tensor, *, impl: str = "auto") -> tuple[Tensor, T
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        IndexError: for an entry of idx that is neither -1 nor in [0, N) (compiled backends).
+        IndexError: for an entry of idx that is neither -1 nor in [0, N), from compiled backends on the CPU. On
+            the GPU, which is not waited for, it counts as -1; CROSSPOINT_CHECK=1 makes it an error there.
     """
     check_neighbours("gather_max", x, idx)
-    if _dispatch.choose("gather_max", impl, x.device) == "reference":
+    backend = _dispatch.choose("gather_max", impl, x.device)
+    if backend == "reference":
         return reference.gather_max(x, idx)
-    return _GatherMax.apply(x, idx)
+    return _GatherMax.apply(x, idx, backend)
 
 
 def _fake_forward(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,14 +56,28 @@ _library.define(
 )
 
 
+def _triton_kernels():
+    from crosspoint.kernels import gather_max as kernels
+
+    return kernels
+
+
+for _name in ("gather_max", "gather_max_backward"):
+    _library.define_like(_name, "triton")
+_library.implement_triton("gather_max_triton", lambda *args: _triton_kernels().gather_max(*args))
+_library.implement_triton(
+    "gather_max_backward_triton", lambda *args: _triton_kernels().gather_max_backward(*args)
+)
+
+
 class _GatherMax(torch.autograd.Function):
     @staticmethod
-    def forward(x, idx):
-        return torch.ops.crosspoint.gather_max(x, idx)
+    def forward(x, idx, backend):
+        return _dispatch.operator("gather_max", backend)(x, idx)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, idx = inputs
+        x, idx, ctx.backend = inputs
         _, slots = output
         ctx.mark_non_differentiable(slots)
         ctx.save_for_backward(idx, slots)
@@ -70,28 +86,28 @@ class _GatherMax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         idx, slots = ctx.saved_tensors
-        return _GatherMaxBackward.apply(grad, idx, slots, ctx.n), None
+        return _GatherMaxBackward.apply(grad, idx, slots, ctx.n, ctx.backend), None, None
 
 
 class _GatherMaxBackward(torch.autograd.Function):
     """Linear in grad; its transpose takes each winner's row."""
 
     @staticmethod
-    def forward(grad, idx, slots, n):
-        return torch.ops.crosspoint.gather_max_backward(grad, idx, slots, n)
+    def forward(grad, idx, slots, n, backend):
+        return _dispatch.operator("gather_max_backward", backend)(grad, idx, slots, n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, idx, slots, _ = inputs
+        _, idx, slots, *_ = inputs
         ctx.save_for_backward(idx, slots)
 
     @staticmethod
     def backward(ctx, grad):
         idx, slots = ctx.saved_tensors
         if slots.numel() == 0 or grad.shape[1] == 0 or idx.shape[2] == 0:
-            return grad.new_zeros(slots.shape), None, None, None
+            return grad.new_zeros(slots.shape), None, None, None, None
         winners = idx.gather(2, slots.clamp_min(0).long()).clamp_min(0)  # (B, M, C)
-        return torch.where(slots < 0, 0, grad.gather(1, winners)), None, None, None
+        return torch.where(slots < 0, 0, grad.gather(1, winners)), None, None, None, None
 
 
 _dispatch.register("gather_max", "gather_max", "gather_max_backward")

@@ -4,7 +4,8 @@ Neither direction stores anything of the size of the edges times the channels. S
 rounded once. The gradient is the same sum over the graph turned around, where every row is summed by one
 thread in a fixed order: bitwise repeatable, without atomic additions.
 
-Memory beside inputs and results: nothing forward; backward, the turned graph, 4 B M k + 8 B (N + 1) bytes.
+Memory beside inputs and results: nothing forward; backward, the turned graph, 4 B M k + 8 B (N + 1)
+bytes; on a GPU, also what sorting the edges takes, 16 B M k bytes in CUDA C++ and some times that through torch.sort.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ def neighbor_sum(x: Tensor, idx: Tensor, *, impl: str = "auto") -> Tensor:
         x: (B, N, C), float64, float32, float16 or bfloat16.
         idx: (B, M, k) int64: neighbours of M nodes, rows of the same cloud of x, or -1 for none. A row that is
             named twice counts twice.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         (B, M, C) in the dtype of x; 0 for a node without neighbours. Differentiable any number of times in x.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit.
-        IndexError: for an entry of idx that is neither -1 nor in [0, N) (compiled backends).
+        IndexError: for an entry of idx that is neither -1 nor in [0, N), from compiled backends on the CPU. On
+            the GPU, which is not waited for, it counts as -1; CROSSPOINT_CHECK=1 makes it an error there.
     """
     check_neighbours("neighbor_sum", x, idx)
-    if _dispatch.choose("neighbor_sum", impl, x.device) == "reference":
+    backend = _dispatch.choose("neighbor_sum", impl, x.device)
+    if backend == "reference":
         return reference.neighbor_sum(x, idx)
-    return _NeighborSum.apply(x, idx)
+    return _NeighborSum.apply(x, idx, backend)
 
 
 _library.define(
@@ -50,39 +53,53 @@ _library.define(
 )
 
 
+def _triton_kernels():
+    from crosspoint.kernels import neighbor_sum as kernels
+
+    return kernels
+
+
+for _name in ("neighbor_sum", "neighbor_sum_backward"):
+    _library.define_like(_name, "triton")
+_library.implement_triton("neighbor_sum_triton", lambda *args: _triton_kernels().neighbor_sum(*args))
+_library.implement_triton(
+    "neighbor_sum_backward_triton", lambda *args: _triton_kernels().neighbor_sum_backward(*args)
+)
+
+
 class _NeighborSum(torch.autograd.Function):
     @staticmethod
-    def forward(x, idx):
-        return torch.ops.crosspoint.neighbor_sum(x, idx)
+    def forward(x, idx, backend):
+        return _dispatch.operator("neighbor_sum", backend)(x, idx)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, idx = inputs
+        x, idx, ctx.backend = inputs
         ctx.save_for_backward(idx)
         ctx.n = x.shape[1]
 
     @staticmethod
     def backward(ctx, grad):
         (idx,) = ctx.saved_tensors
-        return _NeighborSumBackward.apply(grad, idx, ctx.n), None
+        return _NeighborSumBackward.apply(grad, idx, ctx.n, ctx.backend), None, None
 
 
 class _NeighborSumBackward(torch.autograd.Function):
     """The transpose; its own transpose is the forward sum."""
 
     @staticmethod
-    def forward(grad, idx, n):
-        return torch.ops.crosspoint.neighbor_sum_backward(grad, idx, n)
+    def forward(grad, idx, n, backend):
+        return _dispatch.operator("neighbor_sum_backward", backend)(grad, idx, n)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, idx, _ = inputs
+        _, idx, _, ctx.backend = inputs
         ctx.save_for_backward(idx)
 
     @staticmethod
     def backward(ctx, grad):
         (idx,) = ctx.saved_tensors
-        return _NeighborSum.apply(grad, idx), None, None
+        return _NeighborSum.apply(grad, idx, ctx.backend), None, None, None
 
 
 _dispatch.register("neighbor_sum", "neighbor_sum", "neighbor_sum_backward")

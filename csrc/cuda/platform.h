@@ -24,6 +24,13 @@ __host__ __device__ constexpr size_t shared_bytes(size_t count, size_t align = 1
   return (count * sizeof(T) + align - 1) / align * align;
 }
 
+// A grid of at most 2^20 blocks, whose threads go on by strides of the grid where there are more items.
+inline dim3 grid_of(int64_t items, int threads) {
+  constexpr int64_t most = 1 << 20;
+  const int64_t blocks = (items + threads - 1) / threads;
+  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+}
+
 #if defined(CROSSPOINT_SIMT)
 
 #define CROSSPOINT_SHARED(name, ...)        \

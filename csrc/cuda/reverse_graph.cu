@@ -48,12 +48,6 @@ __global__ void __launch_bounds__(kThreads) mark_starts(ReverseGraphArgs args, P
   }
 }
 
-dim3 blocks_of(int64_t threads) {
-  constexpr int64_t most = 1 << 20;
-  const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  return dim3(static_cast<unsigned>(blocks < most ? blocks : most));
-}
-
 }  // namespace
 
 bool reverse_graph_supports(const ReverseGraphArgs& args) {
@@ -75,11 +69,11 @@ cudaError_t reverse_graph(const ReverseGraphArgs& args, void* workspace, cudaStr
   const int64_t edges = args.nodes * args.k;
   int bits = 1;
   while (args.n >> bits > 0) ++bits;
-  cudaError_t status = launch(list_edges, blocks_of(args.batch * edges), dim3(kThreads), 0, stream, args, space.a);
+  cudaError_t status = launch(list_edges, grid_of(args.batch * edges, kThreads), dim3(kThreads), 0, stream, args, space.a);
   if (status == cudaSuccess)
     status = sort_pairs(segments(nullptr, args.batch, edges), bits, space.a, space.b, space.counts, space.totals, stream);
   if (status == cudaSuccess)
-    status = launch(mark_starts, blocks_of(args.batch * (edges + 1)), dim3(kThreads), 0, stream, args, space.a);
+    status = launch(mark_starts, grid_of(args.batch * (edges + 1), kThreads), dim3(kThreads), 0, stream, args, space.a);
   return status;
 }
 

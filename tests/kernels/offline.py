@@ -13,17 +13,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from crosspoint.kernels import knn_direct, knn_filter
+from crosspoint.kernels import gather_max, knn_direct, knn_filter, neighbor_sum
+from crosspoint.kernels._common import gather_blocks
 
 CACHE = Path(__file__).parents[2] / "build" / "triton"  # by content, so that a second run compiles nothing
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
 
 TYPES = {
-    **dict.fromkeys(["M", "N", "k", "C", "n_block", "s_point", "s_channel"], "i32"),
+    **dict.fromkeys(["M", "N", "k", "C", "n_block", "n_row", "s_point", "s_channel"], "i32"),
     **dict.fromkeys(["p_lengths_query", "p_lengths_points", "p_idx", "p_space"], "*i64"),
-    **dict.fromkeys(["p_candidates", "p_count", "p_wanted", "p_extent"], "*i32"),
-    **dict.fromkeys(["p_query", "p_points", "p_dist2", "p_centre"], "*fp32"),
+    **dict.fromkeys(
+        ["p_candidates", "p_count", "p_wanted", "p_extent", "p_slots", "p_start", "p_edges"], "*i32"
+    ),
+    **dict.fromkeys(["p_query", "p_points", "p_dist2", "p_centre", "p_x", "p_out", "p_grad"], "*fp32"),
     **dict.fromkeys(["p_norm2", "p_lost2", "p_norm2_query", "p_lost2_query"], "*fp32"),
     "p_rounded": "*bf16",
 }
@@ -81,6 +84,20 @@ def variants() -> list[Variant]:
             found.append(Variant(name, filtered.filter_kernel, constants, halves, options, tensor_cores=True))
         constants = {**entry.rerank_constants(), "SELF": direct.OTHER_SET.value}
         found.append(Variant(f"rerank-{entry.k}", filtered.rerank_kernel, constants))
+    return [*found, *gathering()]
+
+
+def gathering() -> list[Variant]:
+    """Kernels that gather rows, for points and for features."""
+    kernels = [neighbor_sum.sum_kernel, neighbor_sum.sum_turned_kernel]
+    kernels += [gather_max.most_kernel, gather_max.winners_kernel]
+    double = dict.fromkeys(["p_x", "p_out", "p_grad"], "*fp64")
+    found = []
+    for kernel in kernels:
+        name = kernel.__name__.removesuffix("_kernel")
+        for channels in (3, 64):
+            found.append(Variant(f"{name}-{channels}", kernel, gather_blocks(1, channels)[1]))
+        found.append(Variant(f"{name}-double", kernel, gather_blocks(1, 64)[1], double))
     return found
 
 

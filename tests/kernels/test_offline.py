@@ -38,12 +38,11 @@ def test_products_run_on_tensor_cores(compiled, variant, architecture):
 
 
 def test_every_kernel_is_listed():
-    from crosspoint.kernels import knn_direct, knn_filter
+    from crosspoint.kernels import gather_max, knn_direct, knn_filter, neighbor_sum
 
+    modules = (gather_max, knn_direct, knn_filter, neighbor_sum)
     listed = {variant.kernel.__name__ for variant in offline.variants()}
-    assert listed == {
-        name for module in (knn_direct, knn_filter) for name in module.__all__ if name.endswith("_kernel")
-    }
+    assert listed == {name for module in modules for name in module.__all__ if name.endswith("_kernel")}
 
 
 def test_every_constant_is_a_constant_of_its_kernel():

@@ -34,6 +34,7 @@ def non_finite() -> Call:
 def cases() -> dict[str, Callable[[], Call]]:
     return {
         "plain": make,
+        "few": lambda: make(2, 4, 3, 3, 2, missing=0.2, seed=3),
         "sizes_off_the_vectors": lambda: make(3, 37, k=5, channels=77, seed=1),
         "fewer_nodes_than_points": lambda: make(2, 40, 9, 6, 16, seed=2),
         "more_nodes_than_points": lambda: make(2, 9, 150, 6, 16, seed=2),

@@ -5,10 +5,11 @@ import torch
 
 import graph_calls
 from crosspoint import ops
+from crosspoint.ops import _dispatch
 from graph_calls import make
-from op_tester import OpTester, threads
+from op_tester import OpTester, compiled_backends, threads, usable_backends
 
-IMPLS = ["reference", "native"]
+IMPLS = usable_backends("gather_max", "cpu")
 
 
 class TestGatherMax(OpTester):
@@ -30,22 +31,23 @@ class TestGatherMax(OpTester):
 
     @classmethod
     def gradcheck_cases(cls):
-        return ("plain", "fewer_nodes_than_points", "missing")
+        return ("few",)
 
     @classmethod
     def operator_calls(cls):
-        operators = torch.ops.crosspoint
+        def operator(name, backend):
+            return _dispatch.operator(name, backend).default
 
-        def forward(build, dtype=torch.float32):
-            return operators.gather_max.default, build().to(dtype).args
+        def forward(build, dtype=torch.float32, backend="native"):
+            return operator("gather_max", backend), build().to(dtype).args
 
-        def backward(build, dtype=torch.float32):
-            operator, (x, idx) = forward(build, dtype)
-            values, slots = operator(x, idx)
-            return operators.gather_max_backward.default, (torch.ones_like(values), idx, slots, x.shape[1])
+        def backward(build, dtype=torch.float32, backend="native"):
+            run, (x, idx) = forward(build, dtype, backend)
+            values, slots = run(x, idx)
+            return operator("gather_max_backward", backend), (torch.ones_like(values), idx, slots, x.shape[1])
 
         few = graph_calls.cases()["fewer_nodes_than_points"]
-        return {
+        calls = {
             "forward": lambda: forward(few),
             "forward_half": lambda: forward(make, torch.bfloat16),
             "forward_empty": lambda: forward(lambda: make(batch=0)),
@@ -53,6 +55,10 @@ class TestGatherMax(OpTester):
             "backward_half": lambda: backward(make, torch.float16),
             "backward_empty": lambda: backward(lambda: make(nodes=0)),
         }
+        if ("triton", "cpu") in compiled_backends(cls.op):
+            calls["forward-triton-cpu"] = lambda: forward(few, torch.bfloat16, "triton")
+            calls["backward-triton-cpu"] = lambda: backward(few, backend="triton")
+        return calls
 
     def compare(self, actual, expected, call, dtype, what):
         """A maximum is one of its inputs: nothing is rounded."""

@@ -5,10 +5,11 @@ import torch
 
 import graph_calls
 from crosspoint import ops
+from crosspoint.ops import _dispatch
 from graph_calls import make
-from op_tester import OpTester, threads
+from op_tester import OpTester, compiled_backends, threads, usable_backends
 
-IMPLS = ["reference", "native"]
+IMPLS = usable_backends("neighbor_sum", "cpu")
 
 
 class TestNeighborSum(OpTester):
@@ -30,25 +31,26 @@ class TestNeighborSum(OpTester):
 
     @classmethod
     def gradcheck_cases(cls):
-        return ("plain", "fewer_nodes_than_points", "missing")
+        return ("few",)
 
     @classmethod
     def operator_calls(cls):
-        operators = torch.ops.crosspoint
+        def operator(name, backend):
+            return _dispatch.operator(name, backend).default
 
-        def forward(build, dtype=torch.float32):
-            return operators.neighbor_sum.default, build().to(dtype).args
+        def forward(build, dtype=torch.float32, backend="native"):
+            return operator("neighbor_sum", backend), build().to(dtype).args
 
-        def backward(build, dtype=torch.float32):
-            operator, (x, idx) = forward(build, dtype)
-            return operators.neighbor_sum_backward.default, (
-                torch.ones_like(operator(x, idx)),
+        def backward(build, dtype=torch.float32, backend="native"):
+            run, (x, idx) = forward(build, dtype, backend)
+            return operator("neighbor_sum_backward", backend), (
+                torch.ones_like(run(x, idx)),
                 idx,
                 x.shape[1],
             )
 
         few = graph_calls.cases()["fewer_nodes_than_points"]
-        return {
+        calls = {
             "forward": lambda: forward(few),
             "forward_half": lambda: forward(make, torch.bfloat16),
             "forward_empty": lambda: forward(lambda: make(batch=0)),
@@ -56,6 +58,10 @@ class TestNeighborSum(OpTester):
             "backward_half": lambda: backward(make, torch.float16),
             "backward_empty": lambda: backward(lambda: make(nodes=0)),
         }
+        if ("triton", "cpu") in compiled_backends(cls.op):
+            calls["forward-triton-cpu"] = lambda: forward(few, torch.bfloat16, "triton")
+            calls["backward-triton-cpu"] = lambda: backward(few, backend="triton")
+        return calls
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -53,4 +53,15 @@ inline Tensor on_cpu(const Tensor& x) {
                            torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+// lengths as contiguous int64; the kernels clamp what is out of [0, most].
+inline Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
+  if (!lengths.has_value()) return std::nullopt;
+  Tensor values = dense(*lengths, ScalarType::Long);
+  if (values_are_checked()) {
+    const Tensor host = on_cpu(values);
+    check_lengths(name, data<int64_t>(host), host.size(0), most);
+  }
+  return values;
+}
+
 }  // namespace crosspoint::binding

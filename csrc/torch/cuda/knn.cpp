@@ -7,17 +7,6 @@
 namespace crosspoint::binding {
 namespace {
 
-// lengths as contiguous int64; the kernels clamp what is out of [0, most].
-Lengths prepared(const Lengths& lengths, int64_t most, const char* name) {
-  if (!lengths.has_value()) return std::nullopt;
-  Tensor values = dense(*lengths, ScalarType::Long);
-  if (values_are_checked()) {
-    const Tensor host = on_cpu(values);
-    check_lengths(name, data<int64_t>(host), host.size(0), most);
-  }
-  return values;
-}
-
 // CROSSPOINT_KNN_PATH forces a search, to measure it.
 cuda::KnnPath path_asked_for() {
   const char* setting = std::getenv("CROSSPOINT_KNN_PATH");
