@@ -15,7 +15,6 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MISSING",
-    "check_graph",
     "check_lengths",
     "device_of",
     "gather_blocks",
@@ -47,18 +46,6 @@ def check_lengths(name: str, lengths: torch.Tensor | None, most: int) -> None:
     for b, length in enumerate(lengths.tolist()):
         if not 0 <= length <= most:
             raise IndexError(f"{name}[{b}] is {length}: expected a number of points between 0 and {most}")
-
-
-def check_graph(op: str, idx: torch.Tensor, n: int) -> None:
-    """The same for idx (B, M, k): each entry must be -1 or in [0, n). Otherwise the kernels take it for no edge."""
-    if os.environ.get("CROSSPOINT_CHECK") != "1":
-        return
-    wrong = ((idx < -1) | (idx >= n)).nonzero()
-    if len(wrong):
-        b, i, s = wrong[0].tolist()
-        raise IndexError(
-            f"{op}: idx[{b}, {i}, {s}] is {int(idx[b, i, s])}, but it must be -1 (no edge) or in [0, {n}), a row of x"
-        )
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

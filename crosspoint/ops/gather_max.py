@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
-from crosspoint.ops._checks import check_neighbours
+from crosspoint.ops._checks import check_graph, check_neighbours
 
 __all__ = ["gather_max"]
 
@@ -56,18 +56,23 @@ _library.define(
 )
 
 
-def _triton_kernels():
-    from crosspoint.kernels import gather_max as kernels
+def _triton(x: Tensor, idx: Tensor):
+    from crosspoint.kernels.gather_max import gather_max
 
-    return kernels
+    check_graph("gather_max", idx, x.shape[1])
+    return gather_max(x, idx)
 
 
-for _name in ("gather_max", "gather_max_backward"):
-    _library.define_like(_name, "triton")
-_library.implement_triton("gather_max_triton", lambda *args: _triton_kernels().gather_max(*args))
-_library.implement_triton(
-    "gather_max_backward_triton", lambda *args: _triton_kernels().gather_max_backward(*args)
-)
+def _triton_backward(*args) -> Tensor:
+    from crosspoint.kernels.gather_max import gather_max_backward
+
+    return gather_max_backward(*args)
+
+
+_library.define_like("gather_max", "triton")
+_library.define_like("gather_max_backward", "triton")
+_library.implement_triton("gather_max_triton", _triton)
+_library.implement_triton("gather_max_backward_triton", _triton_backward)
 
 
 class _GatherMax(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _library, reference
-from crosspoint.ops._checks import check_neighbours
+from crosspoint.ops._checks import check_graph, check_neighbours
 
 __all__ = ["neighbor_sum"]
 
@@ -53,18 +53,23 @@ _library.define(
 )
 
 
-def _triton_kernels():
-    from crosspoint.kernels import neighbor_sum as kernels
+def _triton(x: Tensor, idx: Tensor):
+    from crosspoint.kernels.neighbor_sum import neighbor_sum
 
-    return kernels
+    check_graph("neighbor_sum", idx, x.shape[1])
+    return neighbor_sum(x, idx)
 
 
-for _name in ("neighbor_sum", "neighbor_sum_backward"):
-    _library.define_like(_name, "triton")
-_library.implement_triton("neighbor_sum_triton", lambda *args: _triton_kernels().neighbor_sum(*args))
-_library.implement_triton(
-    "neighbor_sum_backward_triton", lambda *args: _triton_kernels().neighbor_sum_backward(*args)
-)
+def _triton_backward(*args) -> Tensor:
+    from crosspoint.kernels.neighbor_sum import neighbor_sum_backward
+
+    return neighbor_sum_backward(*args)
+
+
+_library.define_like("neighbor_sum", "triton")
+_library.define_like("neighbor_sum_backward", "triton")
+_library.implement_triton("neighbor_sum_triton", _triton)
+_library.implement_triton("neighbor_sum_backward_triton", _triton_backward)
 
 
 class _NeighborSum(torch.autograd.Function):
