@@ -13,39 +13,27 @@ import json
 import math
 import os
 import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import peers, registry
 from benchmarks.knn_paths import SETTINGS, measure
-from benchmarks.ops import edge_conv_cases, nt_xent_cases
-from benchmarks.plain import nearest
+from benchmarks.measure import Clock, backends, extra_bytes, runner
 from benchmarks.small_calls import Small, small_calls
+from benchmarks.truth import judge
 from crosspoint import ops
-from crosspoint.ops import _library, reference
-from crosspoint.testing import assert_same_graph
+from crosspoint.ops import _library
 
 NEEDS_GPU = "needs a GPU"
 OPS = tuple(sorted({row.op for row in ops.describe_backends()}))
-TIMED = ("knn_graph", "knn", "edge_conv", "nt_xent")
 STAGES = ("install", "build", "environment", "behaviour", "speeds", "paths", "battery", "sanitizers")
-PEERS = ("flashlib", "pytorch3d", "torch_cluster", "pyg_lib", "torch_geometric", "lightly")
 SCHEMA = 1
-
-
-def backends(op: str, device: str) -> list[str]:
-    """The compiled backends that can run `op` on `device`."""
-    rows = ops.describe_backends()
-    return [
-        r.backend for r in rows if (r.op, r.device) == (op, device) and r.usable and r.backend != "reference"
-    ]
 
 
 class Report:
@@ -89,11 +77,11 @@ def environment(device: str, report: Report) -> None:
             "l2_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory,
         }
-    for name in ("triton", *PEERS):
-        try:
-            facts[name] = metadata.version(name.replace("_", "-"))
-        except metadata.PackageNotFoundError:
-            facts[name] = None
+    try:
+        facts["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        facts["triton"] = None
+    facts |= peers.versions()
     for name, value in facts.items():
         report.add(name=name, value=value)
     report.add(name="build", value=_library.load_error or _library.build_info().splitlines())
@@ -197,184 +185,65 @@ def behaviour(device: str, report: Report, only: str | None) -> None:
 # ---- speeds
 
 
-class Case(NamedTuple):
-    """What is timed; `check` raises where ours is wrong."""
-
-    op: str
-    name: str
-    run: Callable[[str], Callable[[], object]]  # impl -> a call without arguments
-    check: Callable[[object], None]
-    plain: Callable[[], object] | None
-    peers: dict[str, Callable[[], object]]
-    target_us: float | None = None
-
-
-def knn_cases(op: str, device: str) -> Iterator[Case]:
-    shapes = [
-        ((32, 1024, 3), 20, 20.0),
-        ((32, 1024, 64), 20, 60.0),
-        ((32, 1024, 128), 20, 110.0),
-        ((64, 2048, 3), 20, None),
-        ((1, 100_000, 3), 20, 150.0),
-        ((1, 1_000_000, 3), 16, 1200.0),
-    ]
-    if device == "cpu":
-        shapes = [((2, 100, 3), 5, None), ((1, 80, 16), 5, None)]
-    for shape, k, target in shapes:
-        torch.manual_seed(0)
-        x = torch.randn(shape)
-        rows = torch.arange(0, shape[1], max(1, shape[1] // 16))
-
-        def check(idx: object, x: Tensor = x, k: int = k, rows: Tensor = rows) -> None:
-            query = x[:, rows]
-            assert_same_graph(idx[:, rows], reference.knn(query, x, k)[1], x, query)
-
-        def run(impl: str, x: Tensor = x, k: int = k) -> Callable[[], Tensor]:
-            if op == "knn":
-                return lambda: ops.knn(x, x, k, impl=impl)[1]
-            return lambda: ops.knn_graph(x, k, impl=impl)
-
-        columns = x.transpose(1, 2).contiguous()
-        matrix_fits = shape[0] * shape[1] ** 2 <= 1 << 30
-        plain = (lambda columns=columns, k=k: nearest(columns, k)) if matrix_fits else None
-        yield Case(op, f"{shape}, k={k}", run, check, plain, knn_peers(x, k), target)
-
-
-def knn_peers(x: Tensor, k: int) -> dict[str, Callable[[], object]]:
-    def pytorch3d() -> object:
-        from pytorch3d.ops import knn_points
-
-        return knn_points(x, x, K=k).idx
-
-    batch = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
-    flat = x.flatten(0, 1)
-
-    def torch_cluster() -> object:
-        from torch_cluster import knn
-
-        return knn(flat, flat, k, batch, batch)
-
-    return {"pytorch3d": pytorch3d, "torch_cluster": torch_cluster}
-
-
-def training_cases(op: str, device: str) -> Iterator[Case]:
-    """The cases of benchmarks/ops.py, forward and backward."""
-
-    def build(impl: str) -> list:
-        torch.manual_seed(0)
-        if op == "edge_conv":
-            return list(edge_conv_cases(impl, *((32, 1024, 20) if device == "cuda" else (1, 30, 4))))
-        return list(nt_xent_cases(impl, (256, 1024, 4096, 16384) if device == "cuda" else (16,)))
-
-    for i, (name, _, plain, agree) in enumerate(build("reference")):
-
-        def check(ours: object, plain=plain, agree=agree) -> None:
-            assert agree(ours, plain()), "differs from plain PyTorch"
-
-        yield Case(op, name, lambda impl, i=i: build(impl)[i][1], check, plain, {})
-
-
-def cases(device: str, only: str | None) -> Iterator[Case]:
-    for op in TIMED:
-        if only not in (None, op) or not backends(op, device):
-            continue
-        yield from knn_cases(op, device) if op in ("knn_graph", "knn") else training_cases(op, device)
-
-
-class Clock:
-    """Median time of a call in microseconds, with the L2 cache flushed before it and the launches queued ahead."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        if self.cuda:
-            cache = torch.cuda.get_device_properties(0).L2_cache_size
-            self.flush = torch.empty(2 * cache, dtype=torch.uint8, device=device)
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        run()
-        once = self.once(run)
-        return statistics.median(self.once(run) for _ in range(int(min(30, max(5, 0.3e6 / once)))))
-
-    def once(self, run: Callable[[], object]) -> float:
-        if not self.cuda:
-            started = time.perf_counter()
-            run()
-            return 1e6 * (time.perf_counter() - started)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.flush.zero_()
-        torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host gets ahead
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return 1e3 * start.elapsed_time(end)
-
-
-def extra_bytes(run: Callable[[], object], device: str) -> int | str:
-    """Peak memory of a call beyond what was there before and what it returns."""
-    if device != "cuda":
-        return NEEDS_GPU
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = tensors(run())
-    torch.cuda.synchronize()
-    returned = sum(y.untyped_storage().nbytes() for y in result if isinstance(y, Tensor))
-    return torch.cuda.max_memory_allocated() - before - returned
+def speed_cases(device: str, only: str | None) -> Iterator[registry.Case]:
+    """What benchmarks/registry.py has for GPUs: of one operator, also the compositions that run on it."""
+    for case in registry.cases(None, ["gpu" if device == "cuda" else "tiny"]):
+        runs_on = registry.ENTRIES[case.op].backends_of
+        rehearsed = device == "cuda" or case.kind == "normal"
+        if rehearsed and only in (None, case.op, runs_on) and backends(runs_on, device):
+            yield case
 
 
 def speeds(device: str, report: Report, only: str | None, seconds: float = math.inf) -> None:
     """Ours and plain PyTorch for every case, then peers, then what needs compiling; none begins after `seconds`."""
     clock = Clock(device)
-    rows = []
     end = time.monotonic() + seconds
+    rows = {}
+    for case in speed_cases(device, only):
+        rows[case.name] = report.add(
+            op=case.op, case=case.name.removeprefix(f"{case.op} "), us={}, extra_bytes={}, errors={}, absent={},
+            target_us=case.target_us, flops=registry.ENTRIES[case.op].floor(case).flops,
+        )  # fmt: skip
 
-    def attempt(row: dict, name: str, act: Callable[[], float]) -> None:
+    def attempt(row: dict, name: str, problem: registry.Problem) -> None:
+        """Nothing is timed whose answer is wrong."""
         if time.monotonic() > end:
             row["errors"][name] = "no time left"
             return
         try:
-            row["us"][name] = act()
+            run = runner(name, problem)
+            verdict = judge(problem, run(), is_ours=name not in peers.PEERS)
+            if verdict.right:
+                row["extra_bytes"][name] = extra_bytes(run) if device == "cuda" else NEEDS_GPU
+                row["us"][name] = 1e6 * clock.median(run)
+            else:
+                row["errors"][name] = f"wrong by {verdict.error:.1e}"
         except Exception as error:
             row["errors"][name] = f"{type(error).__name__}: {error}"[:300]
         print(row["op"], row["case"], name, row["us"].get(name) or row["errors"].get(name), flush=True)
         report.save()
 
-    with torch.device(device):
-        for case in cases(device, only):
-            row = report.add(
-                op=case.op, case=case.name, us={}, extra_bytes={}, errors={}, target_us=case.target_us
-            )
-            rows.append((row, case))
-            for impl in backends(case.op, device):
-
-                def measured(case=case, impl=impl, row=row) -> float:
-                    run = case.run(impl)
-                    case.check(run())
-                    row["extra_bytes"][impl] = extra_bytes(run, device)
-                    return clock(run)
-
-                attempt(row, impl, measured)
-            if case.plain is not None:
-                attempt(row, "plain", lambda case=case: clock(case.plain))
-        for row, case in rows:
-            for name, peer in case.peers.items():
-                if _installed(name):
-                    attempt(row, name, lambda peer=peer: clock(peer))
-        for row, case in rows:
-            if device != "cuda":
-                row["errors"]["compiled"] = NEEDS_GPU
-            elif case.plain is not None:
-                attempt(row, "compiled", lambda case=case: clock(torch.compile(case.plain, dynamic=False)))
+    others = [name for name in peers.PEERS if name not in ("plain", peers.COMPILED)]
+    for names in (["plain"], others, [peers.COMPILED]):
+        for case in speed_cases(device, only):
+            row = rows[case.name]
+            if names == [peers.COMPILED] and device != "cuda":
+                row["errors"][peers.COMPILED] = NEEDS_GPU
+                continue
+            impls = backends(registry.ENTRIES[case.op].backends_of, device) if names == ["plain"] else []
+            taking_part = [*impls]
+            for name in (name for name in names if name in peers.of(case.op)):
+                if why := peers.why_not(name, case, device):
+                    row["absent"][name] = why
+                else:
+                    taking_part.append(name)
+            if taking_part and time.monotonic() < end:
+                problem = registry.build(case, device)
+                for name in taking_part:
+                    attempt(row, name, problem)
+            else:
+                row["errors"].update(dict.fromkeys(taking_part, "no time left"))
     report.save()
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package.replace("_", "-"))
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 # ---- paths
@@ -388,7 +257,7 @@ def paths(device: str, report: Report) -> None:
             report.add(setting=setting.name, paths=list(setting.paths), status=NEEDS_GPU)
             continue
         try:
-            for row in measure(setting, device, clock):
+            for row in measure(setting, device, lambda run: 1e6 * clock.median(run)):
                 report.add(**row)
         except Exception as error:
             report.add(setting=setting.name, status="failed", why=f"{type(error).__name__}: {error}"[:300])
@@ -432,7 +301,9 @@ def table(whole: dict) -> str:
         target = "" if row["target_us"] is None else f"  (target {row['target_us']:.0f})"
         extra = "  ".join(f"{name} {size}" for name, size in row["extra_bytes"].items())
         lines.append(f"{row['op']} {row['case']}: {times}{target}; extra: {extra}")
-        lines += [f"    {name}: {error}" for name, error in row["errors"].items()]
+        rates = "  ".join(f"{name} {1e-6 * row['flops'] / us:.1f}" for name, us in row["us"].items())
+        lines += [f"    TFLOP/s of the least work: {rates}"] if rates else []
+        lines += [f"    {name}: {why}" for name, why in {**row["errors"], **row["absent"]}.items()]
     lines += ["", "k-NN by path, microseconds"]
     for row in whole["paths"]:
         found = row.get("us") or row["status"]

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.registry import ENTRIES
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -19,7 +21,8 @@ def faster(results: Iterable[dict]) -> dict[str, str]:
     for result in results:
         for row in result["speeds"]:
             us = row["us"]
-            if "native" in us and "triton" in us:
+            composed = row["op"] in ENTRIES and ENTRIES[row["op"]].backends_of != row["op"]
+            if "native" in us and "triton" in us and not composed:
                 logs.setdefault(row["op"], []).append(math.log(us["native"] / us["triton"]))
     return {op: "triton" if sum(ratios) > 0 else "native" for op, ratios in sorted(logs.items())}
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.measure import TUNED_MALLOC, peak_resident
 from benchmarks.plain import PlainDGCNN, plain_state
 from crosspoint.models import DGCNN
 
 VARIANTS = ("fused", "plain")
-TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 def clouds(batch: int, points: int) -> Tensor:
@@ -46,14 +46,6 @@ def make_model(variant: str, k: int) -> torch.nn.Module:
     plain = PlainDGCNN(k, projection_dim=None)
     plain.load_state_dict(plain_state(fused.state_dict()))
     return plain
-
-
-def peak_resident() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not report VmHWM; peak memory needs Linux")
 
 
 def serve(variant: str, args: argparse.Namespace, pipe: Connection) -> None:
