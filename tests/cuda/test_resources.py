@@ -26,6 +26,31 @@ STATIC_SHARED = 48 << 10  # bytes
 
 # kernel -> (threads of a block, blocks that registers leave room for on a multiprocessor)
 TUNED = {
+    "edge_conv.cu": {
+        "conv_degrees": (256, 6),
+        **{f"conv_{name}<{T}>": (256, 6) for name in ("centre", "subtract") for T in ("float", "double")},
+        **{
+            f"conv_{name}<float, {x}>": (512, 2)
+            for name in ("neighbor_sum", "max")
+            for x in ("true", "false")
+        },
+        **{
+            f"conv_{name}<double, {x}>": (512, 1)
+            for name in ("neighbor_sum", "max")
+            for x in ("true", "false")
+        },
+        "conv_moments<float, 1>": (256, 4),
+        "conv_moments<float, 2>": (256, 4),
+        "conv_moments<float, 4>": (256, 2),
+        "conv_moments<double, 1>": (256, 4),
+        "conv_moments<double, 2>": (256, 3),
+    },
+    "edge_conv_backward.cu": {
+        **{f"conv_winner_gradient<{T}>": (256, 4) for T in ("float", "double")},
+        "conv_dense_gradient<float>": (256, 5),
+        "conv_dense_gradient<double>": (256, 3),
+        **{f"conv_route<{T}, {S}>": (256, 5) for T in ("float", "double") for S in ("int", "unsigned char")},
+    },
     "knn.cu": {
         "knn_general<float>": (128, 3),
         "knn_general<double>": (128, 2),

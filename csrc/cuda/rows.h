@@ -1,0 +1,59 @@
+// Four neighbouring channels of a row at a time.
+#pragma once
+
+#include "cuda/platform.h"
+
+namespace crosspoint::cuda {
+
+inline constexpr int kFour = 4;
+
+template <class T>
+struct alignas(16) Four {
+  T v[kFour];
+};
+struct alignas(4) FourBytes {
+  uint8_t v[kFour];
+};
+template <class T>
+struct FourOf {
+  using type = Four<T>;
+};
+template <>
+struct FourOf<uint8_t> {
+  using type = FourBytes;
+};
+
+// Whether rows of `stride` elements from an aligned address can be read four at a time.
+inline bool by_fours(int64_t stride) { return stride % kFour == 0; }
+
+// Elements [0, count) of four from p, `fill` beyond; all of them in one access where rows are `whole`.
+template <class T>
+__device__ __forceinline__ typename FourOf<T>::type load_four(const T* p, int count, bool whole, T fill = T(0)) {
+  typename FourOf<T>::type x;
+  if (whole) {
+    if (count > 0) return *reinterpret_cast<const typename FourOf<T>::type*>(p);
+    count = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < kFour; ++i) x.v[i] = i < count ? p[i] : fill;
+  return x;
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(T* p, const typename FourOf<T>::type& x, int count, bool whole) {
+  if (whole) {
+    if (count > 0) *reinterpret_cast<typename FourOf<T>::type*>(p) = x;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kFour; ++i)
+    if (i < count) p[i] = x.v[i];
+}
+
+// Blocks take more than one piece of work where a grid cannot be that large.
+inline dim3 grid_for(int64_t pieces) {
+  constexpr int64_t most = 1 << 30;
+  return dim3(static_cast<unsigned>(pieces < most ? pieces : most));
+}
+
+}  // namespace crosspoint::cuda
