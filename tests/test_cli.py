@@ -136,7 +136,7 @@ def test_unknown_command_lists_the_valid_ones(capsys, typed, hint):
     assert cli.main(typed) == 2
     error = capsys.readouterr().err
     assert hint in error
-    assert "The commands are: prepare, pretrain, data check, evaluate svm, convert, demo, info" in error
+    assert f"The commands are: {', '.join(cli._COMMANDS)}, info" in error
 
 
 def test_evaluate_alone_lists_the_protocols(capsys):

@@ -22,7 +22,8 @@ from crosspoint.data import LabelledClouds, PairDataset, write_modelnet40
 from crosspoint.data.generated import CLASSES, make_mesh, write_meshes
 from crosspoint.data.prepare import PrepareConfig, prepare
 from crosspoint.evaluate import plots
-from crosspoint.evaluate.svm import NAMES, Evaluation, SvmConfig, run_protocol, versions, write_evaluation
+from crosspoint.evaluate.protocol import NAMES, versions
+from crosspoint.evaluate.svm import Evaluation, SvmConfig, run_protocol, write_evaluation
 from crosspoint.models import CrossPointConfig
 from crosspoint.train import PretrainConfig, pretrain
 from crosspoint.train.config import config_to_dict, save_config

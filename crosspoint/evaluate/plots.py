@@ -20,6 +20,7 @@ __all__ = [
     "confusion_counts",
     "demo_figure",
     "draw_class_accuracies",
+    "draw_cloud",
     "draw_confusion",
     "draw_embedding",
     "draw_losses",
@@ -192,14 +193,14 @@ def draw_pairs(
     for (view, cloud_axes), image, cloud, name in zip(pairs, images, clouds, names, strict=True):
         view.imshow(np.moveaxis(image, 0, -1))
         view.set_title(name.replace("_", " "), fontsize=9, loc="left")
-        _draw_cloud(cloud_axes, cloud)
+        draw_cloud(cloud_axes, cloud)
         for each in (view, cloud_axes):
             each.set(xticks=[], yticks=[])
             for spine in each.spines.values():
                 spine.set_color("0.8")
 
 
-def _draw_cloud(axes: Axes, cloud: np.ndarray) -> None:
+def draw_cloud(axes: Axes, cloud: np.ndarray) -> None:
     """Orthographic view from the front right, a little above; near points dark."""
     heading, elevation = np.deg2rad(35), np.deg2rad(20)
     x, y, z = (cloud - (cloud.min(0) + cloud.max(0)) / 2).T

@@ -8,28 +8,30 @@ too runs in evaluation mode, where batch norm, having seen no data, has running 
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from crosspoint._device import resolve_device
-from crosspoint._files import replace_file
 from crosspoint._optional import require
-from crosspoint._version import __version__
-from crosspoint.data import load_modelnet40
 from crosspoint.evaluate import plots
-from crosspoint.evaluate.features import embed, turn_upright
-from crosspoint.models import CrossPointConfig, build, checkpoints
-from crosspoint.train.config import PretrainConfig, config_to_dict, load_config
+from crosspoint.evaluate.protocol import (
+    NAMES,
+    LabelledConfig,
+    embed_splits,
+    encoders,
+    load_splits,
+    output_folder,
+    versions,
+    write_results,
+)
+from crosspoint.train.config import config_to_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,45 +47,22 @@ __all__ = [
     "fit_linear_svm",
     "format_table",
     "run_protocol",
-    "versions",
     "write_evaluation",
 ]
 
 log = logging.getLogger(__name__)
 
-NAMES = {"pretrained": "pre-trained", "random_init": "random initialisation"}
-
 
 @dataclass
-class SvmConfig:
-    """Linear SVM on ModelNet40 with C chosen on a held-out slice of the training split."""
+class SvmConfig(LabelledConfig):
+    """Linear SVM on frozen features, with C chosen on a held-out slice of the training split."""
 
-    run: Path | None = None
-    """Run folder, or weights file. None: random initialisation alone, of the default architecture."""
-    data: Path = Path("data")
-    """Folder that holds modelnet40_ply_hdf5_2048, or that folder itself."""
-    out: Path | None = None
-    """Folder for svm.json and svm.png; the run folder by default."""
-    points: int = 1024
-    """The first so many points of each cloud."""
-    up: Literal["y", "z"] = "y"
-    """Axis that points up in these clouds; they are turned to the one about which the run was pre-trained."""
     c_grid: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
     """The values of C to choose from."""
     holdout: float = 0.2
     """Part of the training split, stratified by class, on which C is chosen."""
     repeats: int = 1
     """So many slices are held out in turn and averaged: more than one makes sense for few training shapes."""
-    seed: int = 0
-    """Of the held-out slice, the random initialisation and the t-SNE."""
-    random_init: bool = True
-    """Evaluate the same encoder at random initialisation too."""
-    picture: bool = True
-    """Draw svm.png."""
-    batch_size: int = 32
-    """Clouds per forward pass."""
-    device: str = "auto"
-    """Where the encoder runs: "auto" (the first GPU, else the CPU) or a torch device."""
 
 
 @dataclass(frozen=True)
@@ -224,14 +203,14 @@ class Evaluation:
 
 
 def evaluate_svm(config: SvmConfig) -> dict[str, Any]:
-    """Run the protocol on ModelNet40; write svm.json and svm.png, print a table, return what svm.json holds.
+    """Run the protocol; write svm.json and svm.png, print a table, return what svm.json holds.
 
     Keys: svm_accuracy and svm_accuracy_random_init (None where not evaluated), encoders (for each its
     accuracy, c, grid, per_class, confusion, seconds), class_names, sizes, seconds_total, config, versions.
     """
     for module in ("sklearn", "h5py", "tqdm") + ("matplotlib",) * config.picture:
         require(module, extra="eval")  # now, not after minutes of embedding
-    out = _output_folder(config)
+    out = output_folder(config)
     evaluation = run_protocol(config)
     written = write_evaluation(evaluation, out, picture=config.picture)
     print(format_table(evaluation.results))
@@ -240,48 +219,26 @@ def evaluate_svm(config: SvmConfig) -> dict[str, Any]:
 
 
 def run_protocol(config: SvmConfig) -> Evaluation:
-    """Embed ModelNet40 with every encoder and fit its SVM; writes nothing."""
+    """Embed the clouds with every encoder and fit its SVM; writes nothing."""
     start = time.perf_counter()
-    if config.run is None and not config.random_init:
-        raise ValueError("nothing to evaluate: give a run, or leave random_init on")
-    device = resolve_device(config.device)
-    splits = {split: load_modelnet40(config.data, split, points=config.points) for split in ("train", "test")}
-    class_names = [str(name) for name in splits["test"].class_names]
-    if [str(name) for name in splits["train"].class_names] != class_names:
-        raise ValueError(f"the train and test splits under {config.data} name different classes")
-    upright = _up_axis(config.run)
-    points = {
-        split: turn_upright(np.asarray(clouds.points), config.up, upright) for split, clouds in splits.items()
-    }
-    labels = {split: np.asarray(clouds.labels) for split, clouds in splits.items()}
-
-    encoders: dict[str, Any] = {}
+    found = encoders(config)
+    points, labels, class_names = load_splits(config)
+    results_of: dict[str, Any] = {}
     test_features, test_predictions = {}, {}
-    for key, encoder in _encoders(config).items():
-        begin = time.perf_counter()
-        features = {
-            split: embed(
-                encoder,
-                points[split],
-                batch_size=config.batch_size,
-                device=device,
-                description=f"{key}, {split}",
-            )
-            for split in points
-        }
-        embedded = time.perf_counter() - begin
+    for key, encoder in found.items():
+        features = embed_splits(config, key, encoder, points)
         result = fit_linear_svm(
-            features["train"],
+            features.of["train"],
             labels["train"],
-            features["test"],
+            features.of["test"],
             labels["test"],
             c_grid=config.c_grid,
             holdout=config.holdout,
             repeats=config.repeats,
             seed=config.seed,
         )
-        test_features[key], test_predictions[key] = features["test"], result.predictions
-        encoders[key] = {
+        test_features[key], test_predictions[key] = features.of["test"], result.predictions
+        results_of[key] = {
             "accuracy": result.accuracy,
             "c": result.c,
             "c_at_edge": result.c_at_edge,
@@ -290,13 +247,13 @@ def run_protocol(config: SvmConfig) -> Evaluation:
             "confusion": plots.confusion_counts(
                 labels["test"], result.predictions, len(class_names)
             ).tolist(),
-            "seconds_embed": embedded,
+            "seconds_embed": features.seconds,
             "seconds_svm": result.seconds,
         }
     results = {
-        "svm_accuracy": encoders.get("pretrained", {}).get("accuracy"),
-        "svm_accuracy_random_init": encoders.get("random_init", {}).get("accuracy"),
-        "encoders": encoders,
+        "svm_accuracy": results_of.get("pretrained", {}).get("accuracy"),
+        "svm_accuracy_random_init": results_of.get("random_init", {}).get("accuracy"),
+        "encoders": results_of,
         "class_names": class_names,
         "sizes": {
             "train": len(labels["train"]),
@@ -314,13 +271,7 @@ def run_protocol(config: SvmConfig) -> Evaluation:
 
 def write_evaluation(evaluation: Evaluation, folder: Path, *, picture: bool = True) -> list[Path]:
     """Write svm.json and svm.png, each by rename; returns what was written."""
-    written = [folder / "svm.json"]
-    text = json.dumps(evaluation.results, indent=2)
-    replace_file(written[0], lambda file: file.write(text.encode()))
-    if picture:
-        written.append(folder / "svm.png")
-        plots.save_figure(_picture(evaluation), written[1])
-    return written
+    return write_results(folder, "svm", evaluation.results, _picture(evaluation) if picture else None)
 
 
 def format_table(results: dict[str, Any]) -> str:
@@ -332,53 +283,6 @@ def format_table(results: dict[str, Any]) -> str:
             f"{NAMES[key]:<24}{100 * entry['accuracy']:>16.1f} %{entry['c']:>10g}{100 * best:>10.1f} %"
         )
     return "\n".join(lines)
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides its config."""
-    return {
-        "crosspoint": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": require("sklearn", extra="eval").__version__,
-    }
-
-
-def _output_folder(config: SvmConfig) -> Path:
-    """Where results go, made if it does not exist."""
-    if config.out is not None:
-        out = Path(config.out)
-    elif config.run is not None:
-        run = Path(config.run)
-        out = run.parent if run.is_file() else run
-    else:
-        raise ValueError("without a run there is no run folder to write to: give out, a folder for svm.json")
-    if config.run is not None and not Path(config.run).exists():
-        raise FileNotFoundError(
-            f"{config.run} does not exist: expected a run folder with weights.safetensors, or a file"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def _up_axis(run: str | Path | None) -> str:
-    """The axis about which the run rotated its clouds; y, the default, where no config.yaml tells."""
-    if run is None:
-        return "y"
-    run = Path(run)
-    recipe = (run.parent if run.is_file() else run) / "config.yaml"
-    return load_config(PretrainConfig, recipe).up if recipe.is_file() else "y"
-
-
-def _encoders(config: SvmConfig) -> dict[str, torch.nn.Module]:
-    """The encoders to evaluate; the caller's random state stays as it is."""
-    architecture = CrossPointConfig() if config.run is None else checkpoints.load_config(config.run)
-    with torch.random.fork_rng(devices=[]):
-        saved = None if config.run is None else checkpoints.load_model(config.run).point_encoder
-        torch.manual_seed(config.seed)
-        fresh = build(architecture).point_encoder if config.random_init else None
-    return {key: each for key, each in (("pretrained", saved), ("random_init", fresh)) if each is not None}
 
 
 def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from sklearn.model_selection import StratifiedShuffleSplit, train_test_split
 from sklearn.svm import SVC
 
 from crosspoint.data import LabelledClouds, write_modelnet40
-from crosspoint.evaluate import svm as module
+from crosspoint.evaluate import protocol as module
 from crosspoint.evaluate.svm import (
     LinearSvm,
     SvmConfig,
