@@ -178,6 +178,6 @@ def test_pairs_show_each_image_beside_its_cloud(tmp_path):
 def test_a_tall_shape_is_drawn_tall():
     figure = plots.new_figure(2, 2)
     axes = figure.subplots()
-    plots._draw_cloud(axes, np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.1, 1.0, 0.1])
+    plots.draw_cloud(axes, np.random.default_rng(0).uniform(-1, 1, (500, 3)) * [0.1, 1.0, 0.1])
     width, height = np.ptp(axes.collections[0].get_offsets(), axis=0)
     assert height > 3 * width
