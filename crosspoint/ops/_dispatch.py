@@ -146,7 +146,6 @@ def why_not(op: str, backend: str, device: torch.device, traits: dict[str, objec
     return why
 
 
-@torch.compiler.assume_constant_result
 def _why_not_gpu(index: int | None) -> str | None:
     """Whether this GPU (None: the current one) is too old for the kernels."""
     if not torch.cuda.is_available():
@@ -159,6 +158,10 @@ def _why_not_gpu(index: int | None) -> str | None:
         f"the kernels need compute capability {least} (A100 or later), this GPU has {found[0]}.{found[1]}; "
         "use impl='reference'"
     )
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler whenever crosspoint is imported.
+_why_not_gpu._dynamo_marked_constant = True
 
 
 def describe_backends() -> list[BackendRow]:
