@@ -283,9 +283,18 @@ class _EdgeConv(torch.autograd.Function):
         x, idx, weight, gamma, beta, *saved = ctx.saved_tensors
         need_x, _, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:5]
         grad_x, grad_weight, grad_gamma, grad_beta = _EdgeConvBackward.apply(
+            grad,
+            x,
+            idx,
+            weight,
+            gamma,
+            beta,
+            *saved,
+            ctx.training,
+            ctx.negative_slope,
+            need_x,
+            need_weight,
             ctx.backend,
-            *(grad, x, idx, weight, gamma, beta, *saved),
-            *(ctx.training, ctx.negative_slope, need_x, need_weight),
         )
         return (
             grad_x if need_x else None,
@@ -301,8 +310,49 @@ class _EdgeConvBackward(torch.autograd.Function):
     """The backward pass, which has no derivative: it says so instead of giving zeros."""
 
     @staticmethod
-    def forward(backend, *args):
-        return _dispatch.operator("edge_conv_backward", backend)(*args)
+    def forward(
+        grad,
+        x,
+        idx,
+        weight,
+        gamma,
+        beta,
+        winner,
+        slot,
+        out_sum,
+        in_sum,
+        degrees,
+        centre,
+        offset,
+        rstd,
+        moments,
+        training,
+        negative_slope,
+        need_x,
+        need_weight,
+        backend,
+    ):
+        return _dispatch.operator("edge_conv_backward", backend)(
+            grad,
+            x,
+            idx,
+            weight,
+            gamma,
+            beta,
+            winner,
+            slot,
+            out_sum,
+            in_sum,
+            degrees,
+            centre,
+            offset,
+            rstd,
+            moments,
+            training,
+            negative_slope,
+            need_x,
+            need_weight,
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -10,19 +10,19 @@ __all__ = ["EXACT_CHANNELS", "product"]
 EXACT_CHANNELS = 8  # up to here x holds coordinates: a product in less than float32 would move points
 
 
-def product(left: Tensor, right: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+def product(left: Tensor, right: Tensor, channels: int, *, rounded: bool = False) -> Tensor:
     """left (M, K) right (K, N), accumulated and given in their own dtype.
 
     Args:
-        dtype: what the user's features came in; bfloat16 is multiplied as such.
         channels: how many the user's features have. With few, float32 is kept, whatever
             `torch.get_float32_matmul_precision()` allows: through float64, which no setting rounds.
+        rounded: whether float32 operands with more channels are rounded to bfloat16.
     """
     if left.dtype == torch.float64:
         return left @ right
     if channels <= EXACT_CHANNELS:
         return (left.double() @ right.double()).float()
-    if dtype == torch.bfloat16:
+    if rounded:
         left, right = left.bfloat16(), right.bfloat16()
         if left.is_cuda:
             return torch.mm(left, right, out_dtype=torch.float32)

@@ -79,7 +79,9 @@ def forward(
         scale, shift = _affine(gamma, beta, rstd, offset)
 
         halves = torch.cat([signed[:, :c_in], signed[:, c_in:]]).to(dtype)  # (2 C_out, C_in)
-        products = product(centred.view(-1, c_in), halves.t(), given, c_in)  # (B N, 2 C_out)
+        # As autocast leaves them. A layer that is bfloat16 throughout is widened.
+        rounded = given == torch.bfloat16 and weight.dtype == torch.float32
+        products = product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)  # (B N, 2 C_out)
         leaves.gather_max(
             products,
             idx,
@@ -248,7 +250,7 @@ def backward(
             mean_term = torch.addcmul(beta_sum / count, slope_term, offset)  # (B, C_out)
         if need_x:
             halves = torch.cat([scaled[:, :c_in], scaled[:, c_in:]]).to(dtype)  # (2 C_out, C_in)
-            grad_x = product(routed.view(-1, 2 * c_out), halves, dtype, c_in)  # (B N, C_in)
+            grad_x = product(routed.view(-1, 2 * c_out), halves, c_in)  # (B N, C_in)
             if training:
                 dense = x.new_empty((batch, n, 4 * c_in))  # d_j x_j, their neighbours' sum, P_i, k_i x_i
                 constant = (mean_term @ scaled).to(
@@ -259,11 +261,11 @@ def backward(
                 )
                 square = signed.t() @ (slope_term[:, None] * scaled)  # (2 C_in, 2 C_in)
                 square = torch.cat([square[:, :c_in], square[:, c_in:]]).to(dtype)
-                grad_x = grad_x - product(dense.view(-1, 4 * c_in), square, dtype, c_in)
+                grad_x = grad_x - product(dense.view(-1, 4 * c_in), square, c_in)
             grad_x = grad_x.view(batch, n, c_in)
         if need_weight:
             flat = routed.view(-1, 2 * c_out)
-            sparse = product(flat.t(), centred.view(-1, c_in), dtype, c_in).double()  # (2 C_out, C_in)
+            sparse = product(flat.t(), centred.view(-1, c_in), c_in).double()  # (2 C_out, C_in)
             both = scale[:, None] * torch.cat([sparse[:c_out], sparse[c_out:]], 1)  # (C_out, 2 C_in)
             edge_sum = sum_g  # (B, C_out): over the edges of each cloud, of the gradient of h over scale
             if training:
