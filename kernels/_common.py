@@ -22,6 +22,7 @@ __all__ = [
     "merge_rows",
     "programs",
     "rows_of_block",
+    "rows_of_program",
     "sort_rows",
     "widened",
 ]
@@ -53,11 +54,21 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
-def gather_blocks(rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and constants of a kernel that gathers rows: 1,024 values a program, in up to 64 channels."""
+def gather_blocks(clouds: int, rows: int, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and constants of a kernel that gathers rows: 1,024 values of one cloud a program, in up to 64 channels."""
     width = min(max(triton.next_power_of_2(channels), 4), 64)
     height = rows_of_block(1024 // width)
-    return (triton.cdiv(rows, height), triton.cdiv(channels, width)), {"ROWS": height, "CHANNELS": width}
+    blocks = clouds * triton.cdiv(rows, height), triton.cdiv(channels, width)
+    return blocks, {"ROWS": height, "CHANNELS": width}
+
+
+@triton.jit
+def rows_of_program(n, ROWS: tl.constexpr):
+    """The cloud of this program, which of its n rows are worked on, and which of them exist. Divisions are of 32 bits:
+    those of 64 are calls, which need a stack."""
+    n_block = tl.cdiv(n, ROWS)
+    o_own = (tl.program_id(0) % n_block) * ROWS + tl.arange(0, ROWS)
+    return (tl.program_id(0) // n_block).to(tl.int64), o_own, o_own < n
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:

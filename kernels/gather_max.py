@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosspoint.kernels._common import device_of, gather_blocks, widened
+from crosspoint.kernels._common import device_of, gather_blocks, rows_of_program, widened
 from crosspoint.kernels.reverse_graph import reverse_graph
 
 __all__ = ["gather_max", "gather_max_backward", "most_kernel", "winners_kernel"]
@@ -19,9 +19,9 @@ def gather_max(x: Tensor, idx: Tensor) -> tuple[Tensor, Tensor]:
     values, idx = widened(x), idx.contiguous()
     out, slots = values.new_empty((B, M, C)), idx.new_empty((B, M, C), dtype=torch.int32)
     if out.numel() > 0:
-        grid, constants = gather_blocks(B * M, C)
+        grid, constants = gather_blocks(B, M, C)
         with device_of(x):
-            most_kernel[grid](values, idx, out, slots, B * M, M, N, k, C, **constants)
+            most_kernel[grid](values, idx, out, slots, M, N, k, C, **constants)
     return out.to(x.dtype), slots
 
 
@@ -32,19 +32,20 @@ def gather_max_backward(grad: Tensor, idx: Tensor, slots: Tensor, n: int) -> Ten
     out = values.new_empty((B, n, C))
     if out.numel() > 0:
         start, edges = reverse_graph(idx, n)
-        grid, constants = gather_blocks(B * n, C)
+        grid, constants = gather_blocks(B, n, C)
         with device_of(grad):
-            winners_kernel[grid](values, slots, start, edges, out, B * n, M, n, k, C, **constants)
+            winners_kernel[grid](values, slots, start, edges, out, M, n, k, C, **constants)
     return out.to(grad.dtype)
 
 
 @triton.jit
-def most_kernel(p_x, p_idx, p_out, p_slots, n_row, M, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """out and slots (B, M, C): the largest of the rows of x (B, N, C) that idx (B, M, k) names; n_row = B M."""
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def most_kernel(p_x, p_idx, p_out, p_slots, M, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """out and slots (B, M, C): the largest of the rows of x (B, N, C) that idx (B, M, k) names."""
+    i_cloud, o_own, m_row = rows_of_program(M, ROWS)
+    o_row = i_cloud * M + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_row, m_channel = o_row < n_row, o_channel < C
-    p_cloud = p_x + (o_row // M) * N * C
+    m_channel = o_channel < C
+    p_cloud = p_x + i_cloud * N * C
     b_most = tl.zeros([ROWS, CHANNELS], p_x.dtype.element_ty)
     b_slot = tl.full([ROWS, CHANNELS], -1, tl.int32)
     for s in range(k):
@@ -64,22 +65,22 @@ def most_kernel(p_x, p_idx, p_out, p_slots, n_row, M, N, k, C, ROWS: tl.constexp
 
 @triton.jit
 def winners_kernel(
-    p_grad, p_slots, p_start, p_edges, p_out, n_row, M, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+    p_grad, p_slots, p_start, p_edges, p_out, M, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
     """out (B, N, C): for each row, the sum of grad (B, M, C) over the nodes where it has won, by slots (B, M, C)."""
-    o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_cloud, o_own, m_row = rows_of_program(N, ROWS)
+    o_row = i_cloud * N + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_row, m_channel = o_row < n_row, o_channel < C
-    o_cloud = o_row // N
-    p_first = p_start + o_row + o_cloud  # (B, N + 1)
+    m_channel = o_channel < C
+    p_first = p_start + o_row + i_cloud  # (B, N + 1)
     b_first = tl.load(p_first, mask=m_row, other=0)
     b_count = tl.load(p_first + 1, mask=m_row, other=0) - b_first
-    p_list = p_edges + o_cloud * M * k + b_first
+    p_list = p_edges + i_cloud * M * k + b_first
     b_sum = tl.zeros([ROWS, CHANNELS], tl.float64)
     for s in range(tl.max(b_count, 0)):
         m_there = s < b_count
         b_edge = tl.load(p_list + s, mask=m_there, other=0)
-        o_from = ((o_cloud * M + b_edge // k) * C)[:, None] + o_channel[None, :]
+        o_from = ((i_cloud * M + b_edge // k) * C)[:, None] + o_channel[None, :]
         b_slot = tl.load(p_slots + o_from, mask=m_there[:, None] & m_channel[None, :], other=-1)
         # Of k neighbours one has won: most gradients are not read.
         b_sum += tl.load(p_grad + o_from, mask=b_slot == (b_edge % k)[:, None], other=0.0).to(tl.float64)

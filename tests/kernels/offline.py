@@ -21,7 +21,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 ARCHITECTURES = (80, 90, 100)
 
 TYPES = {
-    **dict.fromkeys(["M", "N", "k", "C", "n_block", "n_row", "s_point", "s_channel"], "i32"),
+    **dict.fromkeys(["M", "N", "k", "C", "n_block", "s_point", "s_channel"], "i32"),
     **dict.fromkeys(["p_lengths_query", "p_lengths_points", "p_idx", "p_space"], "*i64"),
     **dict.fromkeys(
         ["p_candidates", "p_count", "p_wanted", "p_extent", "p_slots", "p_start", "p_edges"], "*i32"
@@ -96,8 +96,8 @@ def gathering() -> list[Variant]:
     for kernel in kernels:
         name = kernel.__name__.removesuffix("_kernel")
         for channels in (3, 64):
-            found.append(Variant(f"{name}-{channels}", kernel, gather_blocks(1, channels)[1]))
-        found.append(Variant(f"{name}-double", kernel, gather_blocks(1, 64)[1], double))
+            found.append(Variant(f"{name}-{channels}", kernel, gather_blocks(1, 1, channels)[1]))
+        found.append(Variant(f"{name}-double", kernel, gather_blocks(1, 1, 64)[1], double))
     return found
 
 
