@@ -204,7 +204,9 @@ def weights_of(out: Tensor) -> Tensor:
 
 
 def expected_of(case: SimpleNamespace) -> list[Tensor]:
-    x, weight, gamma, beta, mean, var = (None if t is None else t.double() for t in case.tensors)
+    x, weight, gamma, beta, mean, var = (
+        None if t is None else t.to(torch.float64, copy=True) for t in case.tensors
+    )
     parameters = [t.requires_grad_() for t in (x, weight, gamma, beta) if t is not None]
     idx = torch.where((case.idx >= 0) & (case.idx < x.shape[1]), case.idx, -1)
     out = reference.edge_conv(x, idx, weight, gamma, beta, mean, var, training=case.training)
