@@ -1,5 +1,6 @@
 // Kernels of well-known kinds, for the harness's own tests: each uses another part of what it emulates.
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "cuda/mma.h"
 
@@ -134,6 +135,18 @@ __global__ void product_tf32(const float* a, const float* b, int depth, int colu
   for (int i = 0; i < 4; ++i) c[(row + g + i / 2 * 8) * columns + column + t * 2 + i % 2] = d[i];
 }
 
+// Rounds to both half types, and back.
+__global__ void round_trip(const float* x, int n, uint16_t* half, uint16_t* bf16, float* from_half, float* from_bf16) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= n) return;
+  const __half h = __float2half_rn(x[i]);
+  const __nv_bfloat16 b = __float2bfloat16_rn(x[i]);
+  half[i] = __half_as_ushort(h);
+  bf16[i] = __bfloat16_as_ushort(b);
+  from_half[i] = __half2float(h);
+  from_bf16[i] = __bfloat162float(b);
+}
+
 }  // namespace
 
 EXPORT cudaError_t sample_sum(const float* x, int64_t n, int64_t blocks, float* partial, unsigned* ticket, float* total) {
@@ -164,4 +177,8 @@ EXPORT cudaError_t sample_product_bf16(const uint16_t* a, const uint16_t* b, int
 EXPORT cudaError_t sample_product_tf32(const float* a, const float* b, int64_t rows, int64_t columns, int64_t depth, float* c) {
   const dim3 grid(static_cast<unsigned>(columns / 8), static_cast<unsigned>(rows / 16));
   return launch(product_tf32, grid, 32, 0, nullptr, a, b, depth, columns, c);
+}
+
+EXPORT cudaError_t sample_round_trip(const float* x, int64_t n, uint16_t* half, uint16_t* bf16, float* from_half, float* from_bf16) {
+  return launch(round_trip, static_cast<unsigned>((n + 255) / 256), 256, 0, nullptr, x, n, half, bf16, from_half, from_bf16);
 }

@@ -76,6 +76,25 @@ def test_tf32_product(device):
     torch.testing.assert_close(torch.from_numpy(c), expected, rtol=2e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_to_half_types(device, dtype):
+    # Every 61st number of the type, those midway to the next, those beside them, and both zeros.
+    held = torch.arange(-32768, 32768, 61, dtype=torch.int16).view(dtype).float()
+    step = torch.arange(-32767, 32769, 61).to(torch.int16).view(dtype).float()
+    midway = ((held.double() + step.double()) / 2).float()
+    around = [midway, torch.nextafter(midway, held), torch.nextafter(midway, step)]
+    x = torch.cat([torch.tensor([0.0, -0.0, 65519.9, 65520.0, -1e9]), held, *around])
+    bits = [device.output(len(x), np.uint16, name) for name in ("half", "bf16")]
+    back = [device.output(len(x), np.float32, name) for name in ("from_half", "from_bf16")]
+    device.call("sample_round_trip", device.input(x.numpy()), len(x), *bits, *back)
+    which = (torch.float16, torch.bfloat16).index(dtype)
+    found, expected = torch.from_numpy(bits[which]).view(torch.int16), x.to(dtype)
+    there = ~x.isnan()
+    assert torch.equal(found[there], expected.view(torch.int16)[there])
+    assert np.isnan(back[which][~there]).all()
+    assert torch.equal(torch.from_numpy(back[which])[there], expected.float()[there])
+
+
 def test_what_ran_is_counted(device, rng):
     before = device.counts()
     test_transpose_through_shared_memory(device, rng)

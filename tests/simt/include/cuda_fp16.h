@@ -24,6 +24,7 @@ inline uint16_t float_to_half(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float size = std::fabs(x);
   if (size >= 65520.0f) return sign | 0x7c00;
+  if (size == 0) return sign;
   int exponent = 0;
   std::frexp(size, &exponent);
   // Units of the last place, rounded to even; subnormal below 2^-14. A carry moves into the exponent by itself.
