@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
 from crosspoint.kernels._common import INTERPRETED
 
-__all__ = ["GATHER", "MOMENTS", "PASS", "Tile", "choose"]
+__all__ = ["GATHER", "MOMENTS", "MOMENTS_DOUBLE", "PASS", "Tile", "choose", "grid_of"]
 
 
 class Tile(NamedTuple):
@@ -24,6 +26,7 @@ class Tile(NamedTuple):
 GATHER = (Tile(64, 16, 4), Tile(32, 32, 4), Tile(16, 64, 4))
 PASS = (Tile(128, 16, 4), Tile(64, 32, 4), Tile(32, 64, 4))
 MOMENTS = (Tile(32, 16, 4), Tile(32, 32, 4))
+MOMENTS_DOUBLE = (Tile(32, 16, 4),)
 
 
 def choose(table: tuple[Tile, ...], channels: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -32,3 +35,8 @@ def choose(table: tuple[Tile, ...], channels: int) -> tuple[dict[str, int], dict
     if INTERPRETED:
         tile = tile._replace(rows=max(tile.rows, 64))
     return tile.constants(), {"num_warps": tile.warps}
+
+
+def grid_of(clouds: int, nodes: int, channels: int, constants: dict[str, int]) -> tuple[int, int]:
+    """Programs that each work on nodes of one cloud."""
+    return clouds * triton.cdiv(nodes, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"])

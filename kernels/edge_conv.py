@@ -6,18 +6,17 @@ Every function fills tensors that the caller allocated. x stands for centred coo
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosspoint.kernels._common import device_of
-from crosspoint.kernels._edge_conv_tiles import GATHER, MOMENTS, PASS, choose
+from crosspoint.kernels._common import device_of, rows_of_program
+from crosspoint.kernels._edge_conv_tiles import GATHER, MOMENTS, MOMENTS_DOUBLE, PASS, choose, grid_of
 from crosspoint.kernels.edge_conv_backward import dense_gradient, reverse_graph, route, winner_gradient
+from crosspoint.kernels.neighbor_sum import sum_kernel
 
 __all__ = [
-    "GATHER",
-    "MOMENTS",
-    "PASS",
     "centre",
     "centre_kernel",
     "degrees",
@@ -32,35 +31,36 @@ __all__ = [
     "route",
     "subtract",
     "subtract_kernel",
-    "sum_kernel",
     "winner_gradient",
 ]
 
 
 # ---- degrees and centres
 
+DEGREES_ROWS = 256
 
-@triton.jit(do_not_specialize=["nodes", "N", "k"])
-def degrees_kernel(p_idx, p_degrees, nodes, N, k, ROWS: tl.constexpr):
+
+@triton.jit(do_not_specialize=["clouds", "N", "k"])
+def degrees_kernel(p_idx, p_degrees, clouds, N, k, ROWS: tl.constexpr):
     """Edges of each node, and, added to what is there, edges that lead to it: (2, B, N)."""
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    m_node = o_node < nodes
-    o_first = o_node // N * N
+    i_cloud, o_own, m_node = rows_of_program(N, ROWS)
+    o_node = i_cloud * N + o_own
+    p_led = p_degrees + (clouds + i_cloud) * N
     b_count = tl.zeros([ROWS], tl.int32)
     for i_slot in range(k):
         b_target = tl.load(p_idx + o_node * k + i_slot, mask=m_node, other=-1)
         m_edge = (b_target >= 0) & (b_target < N)
         b_count += m_edge.to(tl.int32)
-        tl.atomic_add(p_degrees + nodes + o_first + b_target, 1, mask=m_edge)
+        tl.atomic_add(p_led + b_target, 1, mask=m_edge)
     tl.store(p_degrees + o_node, b_count, mask=m_node)
 
 
 def degrees(idx: Tensor, degrees: Tensor) -> None:
     """idx (B, N, k) -> degrees (2, B, N) int32, zeros before: edges of node i, edges that lead to node j."""
     batch, n, k = idx.shape
-    rows = 256
+    grid = (batch * triton.cdiv(n, DEGREES_ROWS),)
     with device_of(idx):
-        degrees_kernel[(triton.cdiv(batch * n, rows),)](idx, degrees, batch * n, n, k, ROWS=rows)
+        degrees_kernel[grid](idx, degrees, batch, n, k, ROWS=DEGREES_ROWS)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -105,55 +105,43 @@ def centre(x: Tensor, degrees: Tensor, centre: Tensor) -> None:
         centre_kernel[grid](x, degrees, centre, n, channels, **constants, **options)
 
 
-@triton.jit(do_not_specialize=["nodes", "N"])
-def subtract_kernel(p_x, p_centre, p_degrees, p_out, nodes, N, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+@triton.jit(do_not_specialize=["clouds", "N"])
+def subtract_kernel(
+    p_x, p_centre, p_degrees, p_out, clouds, N, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    i_cloud, o_own, m_node = rows_of_program(N, ROWS)
+    o_node = i_cloud * N + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_node = o_node < nodes
-    m_all = m_node[:, None] & (o_channel < C)[None, :]
+    m_channel = o_channel < C
+    m_all = m_node[:, None] & m_channel[None, :]
     b_touched = tl.load(p_degrees + o_node, mask=m_node, other=0)
-    b_touched += tl.load(p_degrees + nodes + o_node, mask=m_node, other=0)
+    b_touched += tl.load(p_degrees + clouds.to(tl.int64) * N + o_node, mask=m_node, other=0)
     o_value = o_node[:, None] * C + o_channel[None, :]
     b_x = tl.load(p_x + o_value, mask=m_all & (b_touched > 0)[:, None], other=0.0)
-    b_centre = tl.load(p_centre + (o_node // N)[:, None] * C + o_channel[None, :], mask=m_all, other=0.0)
-    tl.store(p_out + o_value, tl.where((b_touched > 0)[:, None], b_x - b_centre, 0.0), mask=m_all)
+    b_centre = tl.load(p_centre + i_cloud * C + o_channel, mask=m_channel, other=0.0)
+    tl.store(p_out + o_value, tl.where((b_touched > 0)[:, None], b_x - b_centre[None, :], 0.0), mask=m_all)
 
 
 def subtract(x: Tensor, centre: Tensor, degrees: Tensor, out: Tensor) -> None:
     """x - centre; 0 in rows that no edge touches, so that padding (NaN included) reaches nothing."""
     batch, n, channels = x.shape
     constants, options = choose(PASS, channels)
-    grid = (triton.cdiv(batch * n, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"]))
+    grid = grid_of(batch, n, channels, constants)
     with device_of(x):
-        subtract_kernel[grid](x, centre, degrees, out, batch * n, n, channels, **constants, **options)
+        subtract_kernel[grid](x, centre, degrees, out, batch, n, channels, **constants, **options)
 
 
 # ---- over the edges of each node
 
 
-@triton.jit(do_not_specialize=["nodes", "N", "k"])
-def sum_kernel(p_x, p_idx, p_out, nodes, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_node, m_channel = o_node < nodes, o_channel < C
-    o_first = o_node // N * N
-    b_sum = tl.zeros([ROWS, CHANNELS], p_x.dtype.element_ty)
-    for i_slot in range(k):
-        b_target = tl.load(p_idx + o_node * k + i_slot, mask=m_node, other=-1)
-        m_edge = (b_target >= 0) & (b_target < N)
-        o_value = (o_first + b_target)[:, None] * C + o_channel[None, :]
-        b_sum += tl.load(p_x + o_value, mask=m_edge[:, None] & m_channel[None, :], other=0.0)
-    o_out = o_node[:, None] * C + o_channel[None, :]
-    tl.store(p_out + o_out, b_sum, mask=m_node[:, None] & m_channel[None, :])
-
-
 def neighbor_sum(x: Tensor, idx: Tensor, out: Tensor) -> None:
-    """out_i (B, N, C): the sum of x over the neighbours of i."""
+    """out_i (B, N, C): the sum of x over the neighbours of i, in the dtype of x."""
     batch, n, channels = x.shape
     constants, options = choose(GATHER, channels)
-    grid = (triton.cdiv(batch * n, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"]))
     with device_of(x):
-        sum_kernel[grid](x, idx, out, batch * n, n, idx.shape[2], channels, **constants, **options)
+        sum_kernel[grid_of(batch, n, channels, constants)](
+            *(x, idx, out, n, n, idx.shape[2], channels), WIDE=False, **constants, **options
+        )
 
 
 @triton.jit(do_not_specialize=["N", "parts", "PART"])
@@ -206,16 +194,16 @@ def moments_kernel(
     tl.store(p_gram + C * C, b_ji, mask=m_gram)
     tl.store(p_gram + 2 * C * C, b_ii, mask=m_gram)
     if tl.program_id(2) == 0:
-        p_first += i_part * 2 * C + o_left
-        tl.store(p_first, b_j, mask=o_left < C)
-        tl.store(p_first + C, b_i, mask=o_left < C)
+        o_first = i_part * 2 * C + o_left
+        tl.store(p_first + o_first, b_j, mask=o_left < C)
+        tl.store(p_first + o_first + C, b_i, mask=o_left < C)
 
 
 def moments(x: Tensor, sums: Tensor, degrees: Tensor, gram: Tensor, first: Tensor) -> None:
     """gram (B, parts, 3, C, C) in the dtype of x, first (B, parts, 2, C) float64; sums is what `neighbor_sum` gives."""
     batch, n, channels = x.shape
     parts = gram.shape[1]
-    constants, options = choose(MOMENTS, channels)
+    constants, options = choose(MOMENTS_DOUBLE if x.dtype == torch.float64 else MOMENTS, channels)
     blocks = triton.cdiv(channels, constants["CHANNELS"])
     with device_of(x):
         moments_kernel[(batch * parts, blocks, blocks)](
@@ -225,7 +213,7 @@ def moments(x: Tensor, sums: Tensor, degrees: Tensor, gram: Tensor, first: Tenso
         )
 
 
-@triton.jit(do_not_specialize=["nodes", "N", "k"])
+@triton.jit(do_not_specialize=["N", "k"])
 def max_kernel(
     p_nodes,
     p_idx,
@@ -235,7 +223,6 @@ def max_kernel(
     p_out,
     p_winner,
     p_slot,
-    nodes,
     N,
     k,
     C,
@@ -245,11 +232,11 @@ def max_kernel(
 ):
     """The largest U over the edges of each node, the first of equal ones, a NaN before all; then the rest of the layer.
     Where gamma is 0 every edge has the same value: U counts as 0."""
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_cloud, o_own, m_node = rows_of_program(N, ROWS)
+    o_node = i_cloud * N + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_node, m_channel = o_node < nodes, o_channel < C
-    i_cloud = o_node // N
-    o_first = i_cloud * N
+    m_channel = o_channel < C
+    p_cloud = p_nodes + i_cloud * N * (2 * C)
     T: tl.constexpr = p_nodes.dtype.element_ty
     b_zero = tl.zeros([CHANNELS], tl.int1)
     if p_gamma is not None:
@@ -259,8 +246,8 @@ def max_kernel(
     for i_slot in range(k):
         b_target = tl.load(p_idx + o_node * k + i_slot, mask=m_node, other=-1)
         m_edge = ((b_target >= 0) & (b_target < N))[:, None] & m_channel[None, :]
-        o_value = (o_first + b_target)[:, None] * (2 * C) + o_channel[None, :]
-        b_value = tl.load(p_nodes + o_value, mask=m_edge, other=0.0)
+        o_value = b_target[:, None] * (2 * C) + o_channel[None, :]
+        b_value = tl.load(p_cloud + o_value, mask=m_edge, other=0.0)
         b_value = tl.where(b_zero[None, :], b_value * 0, b_value)
         m_wins = (b_value > b_most) | ((b_value != b_value) & (b_most == b_most)) | (b_slot < 0)
         m_wins = m_wins & m_edge
@@ -270,14 +257,12 @@ def max_kernel(
     m_any = (b_slot >= 0) & m_out
     b_slot = tl.maximum(b_slot, 0)
     b_target = tl.load(p_idx + o_node[:, None] * k + b_slot, mask=m_any, other=0)
-    b_value = tl.load(
-        p_nodes + (o_first[:, None] + b_target) * (2 * C) + o_channel[None, :], mask=m_any, other=0.0
-    )
-    b_value += tl.load(p_nodes + o_node[:, None] * (2 * C) + C + o_channel[None, :], mask=m_any, other=0.0)
+    b_value = tl.load(p_cloud + b_target * (2 * C) + o_channel[None, :], mask=m_any, other=0.0)
+    b_value += tl.load(p_cloud + o_own[:, None] * (2 * C) + C + o_channel[None, :], mask=m_any, other=0.0)
     o_out = o_node[:, None] * C + o_channel[None, :]
     b_scale = tl.load(p_scale + o_channel, mask=m_channel, other=0.0)
-    b_shift = tl.load(p_shift + i_cloud[:, None] * C + o_channel[None, :], mask=m_out, other=0.0)
-    b_z = b_value * b_scale[None, :] + b_shift
+    b_shift = tl.load(p_shift + i_cloud * C + o_channel, mask=m_channel, other=0.0)
+    b_z = b_value * b_scale[None, :] + b_shift[None, :]
     b_z = tl.where(b_z > 0, b_z, b_z * SLOPE)
     tl.store(p_out + o_out, tl.where(m_any, b_z, 0.0).to(p_out.dtype.element_ty), mask=m_out)
     if p_winner is not None:
@@ -303,10 +288,9 @@ def gather_max(
     batch, n, k = idx.shape
     channels = out.shape[2]
     constants, options = choose(GATHER, channels)
-    grid = (triton.cdiv(batch * n, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"]))
     with device_of(nodes):
-        max_kernel[grid](
-            *(nodes, idx, gamma, scale, shift, out, winner, slot, batch * n, n, k, channels),
+        max_kernel[grid_of(batch, n, channels, constants)](
+            *(nodes, idx, gamma, scale, shift, out, winner, slot, n, k, channels),
             SLOPE=negative_slope,
             **constants,
             **options,

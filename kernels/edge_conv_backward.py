@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from crosspoint.kernels._common import device_of
-from crosspoint.kernels._edge_conv_tiles import GATHER, PASS, choose
+from crosspoint.kernels import reverse_graph as graph
+from crosspoint.kernels._common import device_of, rows_of_program
+from crosspoint.kernels._edge_conv_tiles import GATHER, PASS, choose, grid_of
 
 __all__ = [
     "dense_gradient",
@@ -93,30 +93,21 @@ def winner_gradient(
 
 
 def reverse_graph(idx: Tensor, start: Tensor, edges: Tensor) -> None:
-    """The edges i * k + s that lead to node j, ascending: edges[start[j]] to edges[start[j + 1] - 1], cloud by cloud.
-
-    start (B, N + 1), edges (B, N k), both int32; what lies after the last edge is not defined.
-    """
-    batch, n, _ = idx.shape
-    targets = torch.where((idx < 0) | (idx >= n), n, idx).view(batch, -1).int()
-    targets, order = targets.sort(dim=1, stable=True)
+    """start (B, N + 1), edges (B, N k), both int32: see `crosspoint.kernels.reverse_graph`."""
+    first, order = graph.reverse_graph(idx, idx.shape[1])
+    start.copy_(first)
     edges.copy_(order)
-    nodes = torch.arange(n + 1, dtype=torch.int32, device=idx.device).expand(batch, n + 1).contiguous()
-    start.copy_(torch.searchsorted(targets, nodes, out_int32=True))
 
 
-@triton.jit(do_not_specialize=["nodes", "N", "k"])
-def route_kernel(
-    p_slot, p_start, p_edges, p_routed, nodes, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr
-):
+@triton.jit(do_not_specialize=["N", "k"])
+def route_kernel(p_slot, p_start, p_edges, p_routed, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """Sums g over the edges that lead to each node, where they win: each sum one thread's own, in ascending order."""
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_cloud, o_own, m_node = rows_of_program(N, ROWS)
+    o_node = i_cloud * N + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_node, m_channel = o_node < nodes, o_channel < C
-    i_cloud = o_node // N
-    o_start = o_node + i_cloud
-    b_first = tl.load(p_start + o_start, mask=m_node, other=0)
-    b_count = tl.load(p_start + o_start + 1, mask=m_node, other=0) - b_first
+    m_channel = o_channel < C
+    b_first = tl.load(p_start + o_node + i_cloud, mask=m_node, other=0)
+    b_count = tl.load(p_start + o_node + i_cloud + 1, mask=m_node, other=0) - b_first
     b_sum = tl.zeros([ROWS, CHANNELS], p_routed.dtype.element_ty)
     for i_edge in range(tl.max(b_count, 0)):
         m_edge = i_edge < b_count
@@ -135,12 +126,13 @@ def route(slot: Tensor, start: Tensor, edges: Tensor, k: int, routed: Tensor) ->
     """routed[..., :C] = sum of g = routed[..., C:] over the edges (i, s) to each node with slot[i] == s."""
     batch, n, channels = slot.shape
     constants, options = choose(GATHER, channels)
-    grid = (triton.cdiv(batch * n, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"]))
     with device_of(slot):
-        route_kernel[grid](slot, start, edges, routed, batch * n, n, k, channels, **constants, **options)
+        route_kernel[grid_of(batch, n, channels, constants)](
+            *(slot, start, edges, routed, n, k, channels), **constants, **options
+        )
 
 
-@triton.jit(do_not_specialize=["nodes", "N", "k"])
+@triton.jit(do_not_specialize=["clouds", "N", "k"])
 def dense_kernel(
     p_x,
     p_sums,
@@ -150,21 +142,20 @@ def dense_kernel(
     p_constant,
     p_dense,
     p_grad_x,
-    nodes,
+    clouds,
     N,
     k,
     C,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    o_node = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_cloud, o_own, m_node = rows_of_program(N, ROWS)
+    o_node = i_cloud * N + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    m_node, m_channel = o_node < nodes, o_channel < C
+    m_channel = o_channel < C
     m_all = m_node[:, None] & m_channel[None, :]
-    i_cloud = o_node // N
-    o_start = o_node + i_cloud
-    b_first = tl.load(p_start + o_start, mask=m_node, other=0)
-    b_count = tl.load(p_start + o_start + 1, mask=m_node, other=0) - b_first
+    b_first = tl.load(p_start + o_node + i_cloud, mask=m_node, other=0)
+    b_count = tl.load(p_start + o_node + i_cloud + 1, mask=m_node, other=0) - b_first
     T: tl.constexpr = p_x.dtype.element_ty
     b_back = tl.zeros([ROWS, CHANNELS], T)
     for i_edge in range(tl.max(b_count, 0)):
@@ -177,16 +168,16 @@ def dense_kernel(
     o_value = o_node[:, None] * C + o_channel[None, :]
     b_x = tl.load(p_x + o_value, mask=m_all, other=0.0)
     b_out = tl.load(p_degrees + o_node, mask=m_node, other=0).to(T)[:, None]
-    b_in = tl.load(p_degrees + nodes + o_node, mask=m_node, other=0).to(T)[:, None]
+    b_in = tl.load(p_degrees + clouds.to(tl.int64) * N + o_node, mask=m_node, other=0).to(T)[:, None]
     p_dense += o_node[:, None] * (4 * C) + o_channel[None, :]
     tl.store(p_dense, b_in * b_x, mask=m_all)
     tl.store(p_dense + C, b_back, mask=m_all)
     tl.store(p_dense + 2 * C, tl.load(p_sums + o_value, mask=m_all, other=0.0), mask=m_all)
     tl.store(p_dense + 3 * C, b_out * b_x, mask=m_all)
-    p_constant += i_cloud[:, None] * (2 * C) + o_channel[None, :]
+    p_constant += i_cloud * (2 * C) + o_channel
     b_grad = tl.load(p_grad_x + o_value, mask=m_all, other=0.0)
-    b_grad -= b_in * tl.load(p_constant, mask=m_all, other=0.0)
-    b_grad -= b_out * tl.load(p_constant + C, mask=m_all, other=0.0)
+    b_grad -= b_in * tl.load(p_constant, mask=m_channel, other=0.0)[None, :]
+    b_grad -= b_out * tl.load(p_constant + C, mask=m_channel, other=0.0)[None, :]
     tl.store(p_grad_x + o_value, b_grad, mask=m_all)
 
 
@@ -205,10 +196,9 @@ def dense_gradient(
     it; grad_x (B, N, C) -= d_j constant[:, :C] + k_j constant[:, C:], constant (B, 2 C)."""
     batch, n, channels = x.shape
     constants, options = choose(GATHER, channels)
-    grid = (triton.cdiv(batch * n, constants["ROWS"]), triton.cdiv(channels, constants["CHANNELS"]))
     with device_of(x):
-        dense_kernel[grid](
-            *(x, sums, degrees, start, edges, constant, dense, grad_x, batch * n, n, k, channels),
+        dense_kernel[grid_of(batch, n, channels, constants)](
+            *(x, sums, degrees, start, edges, constant, dense, grad_x, batch, n, k, channels),
             **constants,
             **options,
         )

@@ -20,7 +20,7 @@ def neighbor_sum(x: Tensor, idx: Tensor) -> Tensor:
     if out.numel() > 0:
         grid, constants = gather_blocks(B, M, C)
         with device_of(x):
-            sum_kernel[grid](values, idx, out, M, N, k, C, **constants)
+            sum_kernel[grid](values, idx, out, M, N, k, C, WIDE=True, **constants)
     return out.to(x.dtype)
 
 
@@ -38,19 +38,20 @@ def neighbor_sum_backward(grad: Tensor, idx: Tensor, n: int) -> Tensor:
 
 
 @triton.jit
-def sum_kernel(p_x, p_idx, p_out, M, N, k, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """out (B, M, C) = the sums of the rows of x (B, N, C) that idx (B, M, k) names."""
+def sum_kernel(p_x, p_idx, p_out, M, N, k, C, WIDE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """out (B, M, C) = the sums of the rows of x (B, N, C) that idx (B, M, k) names, added up in float64 if WIDE."""
     i_cloud, o_own, m_row = rows_of_program(M, ROWS)
     o_row = i_cloud * M + o_own
     o_channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     m_channel = o_channel < C
     p_cloud = p_x + i_cloud * N * C
-    b_sum = tl.zeros([ROWS, CHANNELS], tl.float64)
+    T: tl.constexpr = tl.float64 if WIDE else p_x.dtype.element_ty
+    b_sum = tl.zeros([ROWS, CHANNELS], T)
     for s in range(k):
         b_j = tl.load(p_idx + o_row * k + s, mask=m_row, other=-1)
         m_there = (b_j >= 0) & (b_j < N)
         p_row = (p_cloud + tl.where(m_there, b_j, 0) * C)[:, None] + o_channel[None, :]
-        b_sum += tl.load(p_row, mask=m_there[:, None] & m_channel[None, :], other=0.0).to(tl.float64)
+        b_sum += tl.load(p_row, mask=m_there[:, None] & m_channel[None, :], other=0.0).to(T)
     p_row = p_out + (o_row * C)[:, None] + o_channel[None, :]
     tl.store(p_row, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & m_channel[None, :])
 

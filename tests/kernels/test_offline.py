@@ -1,6 +1,7 @@
 """Every Triton kernel with every entry of its launch table, compiled for GPUs that need not be there."""
 
 import platform
+import re
 import sys
 
 import pytest
@@ -11,7 +12,8 @@ if sys.platform != "linux" or platform.machine() != "x86_64":
 import offline
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# float64 has its own on sm_80, which Triton uses unasked.
+TENSOR_CORES = {80: r"mma\.sync\S*\.(bf16|f16|tf32)\b", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
 each = pytest.mark.parametrize("architecture", offline.ARCHITECTURES)
 names = pytest.mark.parametrize("variant", offline.variants(), ids=lambda variant: variant.name)
 
@@ -33,16 +35,19 @@ def test_fits_the_processor(compiled, variant, architecture):
 @each
 @names
 def test_products_run_on_tensor_cores(compiled, variant, architecture):
-    instruction = TENSOR_CORES[architecture]
-    assert (instruction in compiled[variant.name, architecture].ptx) == variant.tensor_cores
+    found = re.search(TENSOR_CORES[architecture], compiled[variant.name, architecture].ptx)
+    assert (found is not None) == variant.tensor_cores
 
 
 def test_every_kernel_is_listed():
-    from crosspoint.kernels import gather_max, knn_direct, knn_filter, neighbor_sum
-
-    modules = (gather_max, knn_direct, knn_filter, neighbor_sum)
-    listed = {variant.kernel.__name__ for variant in offline.variants()}
-    assert listed == {name for module in modules for name in module.__all__ if name.endswith("_kernel")}
+    listed = {variant.kernel for variant in offline.variants()}
+    there = {
+        getattr(module, name)
+        for module in offline.modules()
+        for name in module.__all__
+        if name.endswith("_kernel")
+    }
+    assert listed == there
 
 
 def test_every_constant_is_a_constant_of_its_kernel():

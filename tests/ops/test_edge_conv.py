@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crosspoint import ops
-from crosspoint.ops import reference
-from op_tester import Call, OpTester, assert_close, threads, usable_backends
+from crosspoint.ops import _dispatch, reference
+from op_tester import Call, OpTester, assert_close, compiled_backends, threads, usable_backends
 
 IMPLS = sorted(usable_backends("edge_conv", "cpu"))
 
@@ -135,23 +135,21 @@ class TestEdgeConv(OpTester):
 
     @classmethod
     def operator_calls(cls):
-        operators = torch.ops.crosspoint
-
-        def forward(build, dtype=torch.float32, backward=True):
+        def forward(build, dtype=torch.float32, backward=True, backend="native"):
             call = build().to(dtype)
             options = {"running_mean": None, "running_var": None, **call.kwargs}
             statistics = options.pop("running_mean"), options.pop("running_var")
             args = (*call.args, *statistics, options["training"], 0.1, 1e-5, 0.2, backward)
-            return operators.edge_conv.default, args
+            return _dispatch.operator("edge_conv", backend).default, args
 
-        def backward(build, dtype=torch.float32):
-            operator, args = forward(build, dtype)
+        def backward(build, dtype=torch.float32, backend="native"):
+            operator, args = forward(build, dtype, backend=backend)
             out, *saved = operator(*args)
-            return operators.edge_conv_backward.default, (
+            return _dispatch.operator("edge_conv_backward", backend).default, (
                 torch.ones_like(out), *args[:5], *saved, args[7], 0.2, True, True,
             )  # fmt: skip
 
-        return {
+        calls = {
             "forward": lambda: forward(make),
             "forward_half": lambda: forward(make, torch.bfloat16),
             "forward_many_neighbours": lambda: forward(lambda: make(2, 5, 300)),
@@ -163,6 +161,12 @@ class TestEdgeConv(OpTester):
             "backward_no_norm": lambda: backward(lambda: make(mode="no_norm"), torch.float64),
             "backward_empty": lambda: backward(lambda: make(n=0)),
         }
+        if ("triton", "cpu") in compiled_backends(cls.op):
+            calls["forward-triton-cpu"] = lambda: forward(make, torch.bfloat16, backend="triton")
+            calls["forward_empty-triton-cpu"] = lambda: forward(lambda: make(batch=0), backend="triton")
+            calls["backward-triton-cpu"] = lambda: backward(make, backend="triton")
+            calls["backward_empty-triton-cpu"] = lambda: backward(lambda: make(n=0), backend="triton")
+        return calls
 
     @classmethod
     def bad_calls(cls):
