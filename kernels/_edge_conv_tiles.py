@@ -8,7 +8,7 @@ import triton
 
 from crosspoint.kernels._common import INTERPRETED
 
-__all__ = ["GATHER", "MOMENTS", "MOMENTS_DOUBLE", "PASS", "Tile", "choose", "grid_of"]
+__all__ = ["CENTRE", "GATHER", "MOMENTS", "MOMENTS_DOUBLE", "PASS", "Tile", "choose", "grid_of"]
 
 
 class Tile(NamedTuple):
@@ -25,6 +25,7 @@ class Tile(NamedTuple):
 # By channels: the first entry that holds them all, or the last.
 GATHER = (Tile(64, 16, 4), Tile(32, 32, 4), Tile(16, 64, 4))
 PASS = (Tile(128, 16, 4), Tile(64, 32, 4), Tile(32, 64, 4))
+CENTRE = (Tile(256, 16, 8),)  # of a whole cloud, so few channels and many nodes at a time
 MOMENTS = (Tile(32, 16, 4), Tile(32, 32, 4))
 MOMENTS_DOUBLE = (Tile(32, 16, 4),)
 

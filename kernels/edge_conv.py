@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspoint.kernels._common import device_of, rows_of_program
-from crosspoint.kernels._edge_conv_tiles import GATHER, MOMENTS, MOMENTS_DOUBLE, PASS, choose, grid_of
+from crosspoint.kernels._edge_conv_tiles import CENTRE, GATHER, MOMENTS, MOMENTS_DOUBLE, PASS, choose, grid_of
 from crosspoint.kernels.edge_conv_backward import dense_gradient, reverse_graph, route, winner_gradient
 from crosspoint.kernels.neighbor_sum import sum_kernel
 
@@ -76,12 +76,13 @@ def centre_kernel(p_x, p_degrees, p_centre, N, C, ROWS: tl.constexpr, CHANNELS: 
     for i_row in range(0, N, ROWS):
         o_node = i_cloud * N + i_row + tl.arange(0, ROWS)
         m_row = i_row + tl.arange(0, ROWS) < N
-        m_row = tl.load(p_degrees + o_node, mask=m_row, other=0) > 0
+        b_counted = tl.load(p_degrees + o_node, mask=m_row, other=0) > 0
         m_all = m_row[:, None] & m_channel[None, :]
         b_x = tl.load(p_x + o_node[:, None] * C + o_channel[None, :], mask=m_all, other=0.0).to(tl.float64)
+        b_x = tl.where(b_counted[:, None], b_x, 0.0)
         b_sum += b_x
         b_square += b_x * b_x
-        b_count += m_row.to(tl.int32)
+        b_count += b_counted.to(tl.int32)
     count = tl.maximum(tl.sum(b_count, 0), 1).to(tl.float64)
     b_mean = tl.sum(b_sum, 0) / count
     b_variance = tl.sum(b_square, 0) / count - b_mean * b_mean
@@ -99,7 +100,7 @@ def centre_kernel(p_x, p_degrees, p_centre, N, C, ROWS: tl.constexpr, CHANNELS: 
 def centre(x: Tensor, degrees: Tensor, centre: Tensor) -> None:
     """x (B, N, C), not centred -> centre (B, C)."""
     batch, n, channels = x.shape
-    constants, options = choose(PASS, channels)
+    constants, options = choose(CENTRE, channels)
     grid = (batch, triton.cdiv(channels, constants["CHANNELS"]))
     with device_of(x):
         centre_kernel[grid](x, degrees, centre, n, channels, **constants, **options)

@@ -13,7 +13,9 @@ constexpr int kThreads = 256;
 constexpr int kGatherThreads = 512;
 template <class T>
 constexpr int kGatherBlocks = sizeof(T) == 4 ? 2 : 1;  // of a multiprocessor, as far as registers go
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kCentreThreads = 1024;
+constexpr int kCentreWarps = kCentreThreads / kWarp;
+constexpr int kAhead = 8;  // nodes that a warp reads before it needs the first of them
 constexpr int64_t kMostShared = 96 << 10;  // leaves room for two blocks, and fits every chip since sm_80
 constexpr int64_t kWidest = 16;            // channels of a slice: 64 kB of a cloud of 1,024 nodes
 constexpr int64_t kEnoughBlocks = 256;     // about two on each multiprocessor
@@ -36,12 +38,12 @@ __global__ void __launch_bounds__(kThreads) conv_degrees(Graph graph, int32_t* d
   }
 }
 
-// A block for 32 channels of a cloud: a lane for each, a warp for every eighth node.
+// A block for 32 channels of a cloud: a lane for each, a warp for every 32nd node.
 template <class T>
-__global__ void __launch_bounds__(kThreads) conv_centre(EdgeConvCentreArgs<T> args) {
-  CROSSPOINT_SHARED(sums, double[kWarps][kWarp]);
-  CROSSPOINT_SHARED(squares, double[kWarps][kWarp]);
-  CROSSPOINT_SHARED(counts, int[kWarps]);
+__global__ void __launch_bounds__(kCentreThreads) conv_centre(EdgeConvCentreArgs<T> args) {
+  CROSSPOINT_SHARED(sums, double[kCentreWarps][kWarp]);
+  CROSSPOINT_SHARED(squares, double[kCentreWarps][kWarp]);
+  CROSSPOINT_SHARED(counts, int[kCentreWarps]);
   const int lane = lane_id(), warp = threadIdx.x / kWarp;
   const int64_t slices = (args.channels + kWarp - 1) / kWarp;
   for (int64_t piece = blockIdx.x; piece < args.batch * slices; piece += gridDim.x) {
@@ -49,19 +51,30 @@ __global__ void __launch_bounds__(kThreads) conv_centre(EdgeConvCentreArgs<T> ar
     const bool here = c < args.channels;
     double sum = 0, square = 0;
     int count = 0;
-    for (int64_t i = warp; i < args.n; i += kWarps) {
-      if (args.degrees[b * args.n + i] == 0) continue;
-      ++count;
-      const double x = here ? args.x[(b * args.n + i) * args.channels + c] : T(0);
-      sum += x;
-      square += x * x;
+    for (int64_t first = warp; first < args.n; first += kCentreWarps * kAhead) {
+      T values[kAhead];
+      bool counted[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t i = first + u * kCentreWarps, node = b * args.n + i;
+        counted[u] = i < args.n && args.degrees[node] > 0;
+        values[u] = i < args.n && here ? args.x[node * args.channels + c] : T(0);
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (!counted[u]) continue;
+        const double x = values[u];
+        ++count;
+        sum += x;
+        square += x * x;
+      }
     }
     sums[warp][lane] = sum;
     squares[warp][lane] = square;
     if (lane == 0) counts[warp] = count;
     __syncthreads();
     if (warp == 0 && here) {
-      for (int w = 1; w < kWarps; ++w) {
+      for (int w = 1; w < kCentreWarps; ++w) {
         sum += sums[w][lane];
         square += squares[w][lane];
         count += counts[w];
@@ -81,14 +94,20 @@ __global__ void __launch_bounds__(kThreads) conv_centre(EdgeConvCentreArgs<T> ar
   }
 }
 
+// A thread for four channels of a node.
 template <class T>
-__global__ void __launch_bounds__(kThreads) conv_subtract(EdgeConvCentreArgs<T> args, T* out) {
-  const int64_t nodes = args.batch * args.n, cloud = args.n * args.channels;
-  for (int64_t e = blockIdx.x * int64_t(kThreads) + threadIdx.x; e < nodes * args.channels;
-       e += gridDim.x * int64_t(kThreads)) {
-    const int64_t i = e / args.channels;
+__global__ void __launch_bounds__(kThreads) conv_subtract(EdgeConvCentreArgs<T> args, T* out, bool fours) {
+  const int64_t nodes = args.batch * args.n, C = args.channels, groups = (C + kFour - 1) / kFour;
+  for (int64_t t = blockIdx.x * int64_t(kThreads) + threadIdx.x; t < nodes * groups; t += gridDim.x * int64_t(kThreads)) {
+    const int64_t i = quotient(t, groups), c = (t - i * groups) * kFour, at = i * C + c;
+    const int count = C - c < kFour ? static_cast<int>(C - c) : kFour;
+    const Four<T> x = load_four<T>(args.x + at, count, fours);
+    const Four<T> centre = load_four<T>(args.centre + quotient(i, args.n) * C + c, count, fours);
     const bool touched = args.degrees[i] > 0 || args.degrees[nodes + i] > 0;
-    out[e] = touched ? args.x[e] - args.centre[e / cloud * args.channels + e % args.channels] : T(0);
+    Four<T> difference;
+#pragma unroll
+    for (int v = 0; v < kFour; ++v) difference.v[v] = touched ? x.v[v] - centre.v[v] : T(0);
+    store_four<T>(out + at, difference, count, fours);
   }
 }
 
@@ -348,13 +367,14 @@ __global__ void __launch_bounds__(kSide* kSide) conv_moments(EdgeConvMomentsArgs
 template <class T>
 cudaError_t launch_centre(const EdgeConvCentreArgs<T>& args, cudaStream_t stream) {
   const int64_t pieces = args.batch * ((args.channels + kWarp - 1) / kWarp);
-  return launch(conv_centre<T>, grid_for(pieces), dim3(kThreads), 0, stream, args);
+  return launch(conv_centre<T>, grid_for(pieces), dim3(kCentreThreads), 0, stream, args);
 }
 
 template <class T>
 cudaError_t launch_subtract(const EdgeConvCentreArgs<T>& args, T* out, cudaStream_t stream) {
-  const int64_t values = args.batch * args.n * args.channels;
-  return launch(conv_subtract<T>, grid_for((values + kThreads - 1) / kThreads), dim3(kThreads), 0, stream, args, out);
+  const int64_t pieces = args.batch * args.n * ((args.channels + kFour - 1) / kFour);
+  return launch(conv_subtract<T>, grid_for((pieces + kThreads - 1) / kThreads), dim3(kThreads), 0, stream, args, out,
+                by_fours(args.channels));
 }
 
 template <class T>

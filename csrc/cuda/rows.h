@@ -50,6 +50,12 @@ __device__ __forceinline__ void store_four(T* p, const typename FourOf<T>::type&
     if (i < count) p[i] = x.v[i];
 }
 
+// a / b of numbers that are not negative: division of 64 bits is slow, and seldom needed.
+__device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // Blocks take more than one piece of work where a grid cannot be that large.
 inline dim3 grid_for(int64_t pieces) {
   constexpr int64_t most = 1 << 30;

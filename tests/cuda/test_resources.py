@@ -28,7 +28,9 @@ STATIC_SHARED = 48 << 10  # bytes
 TUNED = {
     "edge_conv.cu": {
         "conv_degrees": (256, 6),
-        **{f"conv_{name}<{T}>": (256, 6) for name in ("centre", "subtract") for T in ("float", "double")},
+        **{f"conv_centre<{T}>": (1024, 1) for T in ("float", "double")},
+        "conv_subtract<float>": (256, 6),
+        "conv_subtract<double>": (256, 5),
         **{
             f"conv_{name}<float, {x}>": (512, 2)
             for name in ("neighbor_sum", "max")

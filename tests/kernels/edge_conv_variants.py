@@ -1,7 +1,7 @@
 """The kernels of edge_conv, for points and for features, with every entry of their tables."""
 
 from crosspoint.kernels import edge_conv, edge_conv_backward, neighbor_sum
-from crosspoint.kernels._edge_conv_tiles import GATHER, MOMENTS, MOMENTS_DOUBLE, PASS
+from crosspoint.kernels._edge_conv_tiles import CENTRE, GATHER, MOMENTS, MOMENTS_DOUBLE, PASS
 from offline import Variant
 
 MODULES = (edge_conv, edge_conv_backward)
@@ -22,7 +22,7 @@ def variants() -> list[Variant]:
     double = {**TYPES, **dict.fromkeys(VALUES, "*fp64")}
     partial = {"p_sums": "*fp64"}  # gradient_kernel's sums over parts of a cloud
     listed = (
-        (edge_conv.centre_kernel, PASS, PASS, {}, {}),
+        (edge_conv.centre_kernel, CENTRE, CENTRE, {}, {}),
         (edge_conv.subtract_kernel, PASS, PASS, {}, {}),
         (neighbor_sum.sum_kernel, GATHER, GATHER, {}, {"WIDE": False}),
         (edge_conv.moments_kernel, MOMENTS, MOMENTS_DOUBLE, {}, {}),

@@ -2,6 +2,10 @@ import os
 
 import pytest
 
+# On a GPU, before cuBLAS starts: without it torch refuses products where it is told to be deterministic, which is how
+# the battery poisons fresh memory.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 from op_tester import DTYPES, OpTester, compiled_backends
 
 
