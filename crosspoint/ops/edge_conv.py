@@ -22,8 +22,8 @@ slot takes 4 bytes if k > 256). While running, per thread N (C_in + 128); forwar
 backward 2 min(B, 16) C_in C_out, and B N C_in for each further part of the channels where fewer than 16
 clouds share the work. Half types are widened: add a float32 copy of x, out and its gradient. Without
 gradients nothing is kept. On a GPU statistics come from sums over nodes in input space: kept are 1.25 M, in
-training B N C_in more; while running, forward 2 M + 2 B N C_in + 3 B ceil(N / 256) C_in^2, backward 2 M + 6 B N C_in and
-the graph turned around, B N k.
+training B N C_in more; while running, forward 2 M + 2 B N C_in + 3 B ceil(N / 256) C_in^2, backward
+2 M + 6 B N C_in and the graph turned around, B N k.
 
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
