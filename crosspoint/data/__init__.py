@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crosspoint.data.augment import CloudAugmentation, ImageAugmentation
+    from crosspoint.data.augment import CloudAugmentation, ImageAugmentation, ScaleShift
     from crosspoint.data.modelnet import (
         LabelledClouds,
         load_modelnet40,
@@ -26,6 +26,7 @@ __all__ = [
     "PairDataset",
     "PartClouds",
     "RoomBlocks",
+    "ScaleShift",
     "load_modelnet40",
     "load_modelnet40_text",
     "load_parts",
@@ -41,6 +42,7 @@ _MODULES = {
     "PairDataset": "pairs",
     "PartClouds": "parts",
     "RoomBlocks": "s3dis",
+    "ScaleShift": "augment",
     "load_modelnet40": "modelnet",
     "load_modelnet40_text": "modelnet",
     "load_parts": "parts",

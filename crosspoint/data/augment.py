@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["CloudAugmentation", "ImageAugmentation"]
+__all__ = ["CloudAugmentation", "ImageAugmentation", "ScaleShift"]
 
 _AXES = {"x": 0, "y": 1, "z": 2}
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,10 +81,7 @@ class CloudAugmentation:
             raise ValueError(f"max_dropout must be in [0, 1], got {self.max_dropout}")
 
     def __call__(self, points: Tensor, generator: torch.Generator) -> Tensor:
-        if points.dim() != 3 or points.shape[2] != 3 or points.shape[1] == 0:
-            raise ValueError(f"points must be (B, N, 3) with N >= 1, got {tuple(points.shape)}")
-        if not points.is_floating_point():
-            raise TypeError(f"points must be floating point, got {points.dtype}")
+        _check_clouds(points)
         draws = _Draws(generator, points.device)
         dtype = points.dtype
         b, n, _ = points.shape
@@ -101,6 +98,39 @@ class CloudAugmentation:
         extent = x.amax(dim=1, keepdim=True) - x.amin(dim=1, keepdim=True)
         x = x + shift.to(dtype) * extent + noise.to(dtype)
         return torch.where(dropped.unsqueeze(2), x[:, :1], x)
+
+
+@dataclass(frozen=True)
+class ScaleShift:
+    """DGCNN's augmentation when it trains on labels (arXiv 1801.07829): each axis of each cloud times a factor
+    uniform in `scale`, plus an offset uniform in [-shift, shift], in the clouds' own unit.
+
+    `augmentation(points, generator)`: as `CloudAugmentation`, to which it is the milder alternative.
+    """
+
+    scale: tuple[float, float] = (2 / 3, 3 / 2)
+    shift: float = 0.2
+
+    def __post_init__(self):
+        low, high = self.scale
+        if not 0 < low <= high:
+            raise ValueError(f"scale must be (low, high) with 0 < low <= high, got {self.scale}")
+        if not self.shift >= 0:
+            raise ValueError(f"shift must be >= 0, got {self.shift}")
+
+    def __call__(self, points: Tensor, generator: torch.Generator) -> Tensor:
+        _check_clouds(points)
+        draws = _Draws(generator, points.device)
+        scale = draws.uniform(len(points), 1, 3, low=self.scale[0], high=self.scale[1])
+        shift = draws.uniform(len(points), 1, 3, low=-self.shift, high=self.shift)
+        return points * scale.to(points.dtype) + shift.to(points.dtype)
+
+
+def _check_clouds(points: Tensor) -> None:
+    if points.dim() != 3 or points.shape[2] != 3 or points.shape[1] == 0:
+        raise ValueError(f"points must be (B, N, 3) with N >= 1, got {tuple(points.shape)}")
+    if not points.is_floating_point():
+        raise TypeError(f"points must be floating point, got {points.dtype}")
 
 
 def _unit_sphere(points: Tensor) -> Tensor:

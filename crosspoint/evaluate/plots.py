@@ -22,6 +22,7 @@ __all__ = [
     "draw_class_accuracies",
     "draw_cloud",
     "draw_confusion",
+    "draw_curves",
     "draw_embedding",
     "draw_losses",
     "draw_pairs",
@@ -85,9 +86,8 @@ def draw_embedding(
 
 def confusion_counts(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
     """How often true class i (row) was predicted as class j (column): (classes, classes), int64."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(counts, (labels, predictions), 1)
-    return counts
+    flat = np.asarray(labels).ravel() * classes + np.asarray(predictions).ravel()
+    return np.bincount(flat, minlength=classes**2).reshape(classes, classes)
 
 
 def draw_confusion(
@@ -129,7 +129,7 @@ def draw_class_accuracies(
     if len(accuracies) == 2:
         first, second = accuracies.values()
         for row, name in enumerate(class_names):
-            if name in first:
+            if name in first and name in second:
                 axes.plot([100 * first[name], 100 * second[name]], [row, row], color="0.75", linewidth=1.5)
     names = [name.replace("_", " ") for name in class_names]
     axes.set_yticks(rows, names, fontsize=7 if len(rows) > 12 else 9)
@@ -163,6 +163,22 @@ def draw_losses(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(color="0.92")
     axes.legend(fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(
+    axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]], *, ylabel: str, title: str
+) -> None:
+    """One line a training, epochs from 1, all of an encoder in its colour: {encoder: [values of a training, ...]}."""
+    for (encoder, runs), colour in zip(curves.items(), (PRETRAINED, RANDOM), strict=False):
+        for i, values in enumerate(runs):
+            marker = "o" if len(values) == 1 else None
+            axes.plot(
+                range(1, len(values) + 1), values, color=colour, marker=marker, label=None if i else encoder
+            )
+    axes.set(xlabel="epoch", ylabel=ylabel, title=title)
+    axes.grid(color="0.92")
+    axes.legend(fontsize=9, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -200,8 +216,8 @@ def draw_pairs(
                 spine.set_color("0.8")
 
 
-def draw_cloud(axes: Axes, cloud: np.ndarray) -> None:
-    """Orthographic view from the front right, a little above; near points dark."""
+def draw_cloud(axes: Axes, cloud: np.ndarray, colours: np.ndarray | None = None) -> None:
+    """Orthographic view from the front right, a little above; near points dark, or by colours (N, 3)."""
     heading, elevation = np.deg2rad(35), np.deg2rad(20)
     x, y, z = (cloud - (cloud.min(0) + cloud.max(0)) / 2).T
     right = np.cos(heading) * x - np.sin(heading) * z
@@ -209,7 +225,8 @@ def draw_cloud(axes: Axes, cloud: np.ndarray) -> None:
     above = np.cos(elevation) * y - np.sin(elevation) * ahead
     depth = np.sin(elevation) * y + np.cos(elevation) * ahead
     order = np.argsort(depth)
-    axes.scatter(right[order], above[order], c=depth[order], cmap="viridis_r", s=4, linewidths=0)
+    shade = {"c": depth[order], "cmap": "viridis_r"} if colours is None else {"c": colours[order]}
+    axes.scatter(right[order], above[order], s=4, linewidths=0, **shade)
     half = 1.1 * max(np.abs(right).max(), np.abs(above).max(), 1e-6)
     axes.set(xlim=(-half, half), ylim=(-half, half))
     axes.set_aspect("equal")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,18 +32,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMES",
+    "Dataset",
     "Features",
     "LabelledConfig",
     "embed_splits",
     "encoders",
     "load_splits",
     "output_folder",
+    "per_class_accuracy",
     "up_axis",
     "versions",
     "write_results",
 ]
 
 NAMES = {"pretrained": "pre-trained", "random_init": "random initialisation"}
+
+Dataset = Literal[
+    "modelnet40",
+    "modelnet40_text",
+    "scanobjectnn_obj_bg",
+    "scanobjectnn_obj_only",
+    "scanobjectnn_pb_t50_rs",
+]
 
 _LOADERS: dict[str, Callable[..., LabelledClouds]] = {
     "modelnet40": load_modelnet40,
@@ -66,13 +76,7 @@ class LabelledConfig:
     """Run folder, or weights file. None: random initialisation alone, of the default architecture."""
     data: Path = Path("data")
     """Folder that holds the data set, or the data set's own folder."""
-    dataset: Literal[
-        "modelnet40",
-        "modelnet40_text",
-        "scanobjectnn_obj_bg",
-        "scanobjectnn_obj_only",
-        "scanobjectnn_pb_t50_rs",
-    ] = "modelnet40"
+    dataset: Dataset = "modelnet40"
     """Labelled clouds to evaluate on."""
     out: Path | None = None
     """Folder for the results; the run folder by default."""
@@ -99,7 +103,15 @@ class Features(NamedTuple):
     seconds: float
 
 
-def load_splits(config: LabelledConfig) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
+class _NamesClouds(Protocol):
+    run: Path | None
+    data: Path
+    dataset: Dataset
+    points: int
+    up: str
+
+
+def load_splits(config: _NamesClouds) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[str]]:
     """Points (n, points, 3) and labels (n,) of "train" and "test", upright as the run knows them; class names."""
     load = _LOADERS[config.dataset]
     splits = {split: load(config.data, split, points=config.points) for split in ("train", "test")}
@@ -163,6 +175,17 @@ def output_folder(config: Any) -> Path:
         )
     out.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def per_class_accuracy(
+    labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]
+) -> dict[str, float]:
+    """Accuracy of every class that has test shapes."""
+    return {
+        name: float((predictions[labels == i] == i).mean())
+        for i, name in enumerate(class_names)
+        if (labels == i).any()
+    }
 
 
 def up_axis(run: str | Path | None) -> str:

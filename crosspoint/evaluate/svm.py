@@ -28,6 +28,7 @@ from crosspoint.evaluate.protocol import (
     encoders,
     load_splits,
     output_folder,
+    per_class_accuracy,
     versions,
     write_results,
 )
@@ -243,7 +244,7 @@ def run_protocol(config: SvmConfig) -> Evaluation:
             "c": result.c,
             "c_at_edge": result.c_at_edge,
             "grid": [{"c": c, "holdout_accuracy": accuracy} for c, accuracy in result.grid.items()],
-            "per_class": _per_class(labels["test"], result.predictions, class_names),
+            "per_class": per_class_accuracy(labels["test"], result.predictions, class_names),
             "confusion": plots.confusion_counts(
                 labels["test"], result.predictions, len(class_names)
             ).tolist(),
@@ -283,15 +284,6 @@ def format_table(results: dict[str, Any]) -> str:
             f"{NAMES[key]:<24}{100 * entry['accuracy']:>16.1f} %{entry['c']:>10g}{100 * best:>10.1f} %"
         )
     return "\n".join(lines)
-
-
-def _per_class(labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
-    """Accuracy of every class that has test shapes."""
-    return {
-        name: float((predictions[labels == i] == i).mean())
-        for i, name in enumerate(class_names)
-        if (labels == i).any()
-    }
 
 
 def _picture(evaluation: Evaluation) -> Figure:

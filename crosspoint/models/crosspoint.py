@@ -129,8 +129,8 @@ def _image_head(point_encoder: nn.Module, image_encoder: nn.Module, feature_dim:
 class CrossPointConfig:
     """What `build` needs to make a CrossPoint; plain values, so that JSON and YAML hold it."""
 
-    point_encoder: Literal["dgcnn", "dgcnn_part", "pointnet"] = "dgcnn"
-    """Encoder of the clouds."""
+    point_encoder: Literal["dgcnn", "dgcnn_part", "dgcnn_semantic", "pointnet"] = "dgcnn"
+    """Encoder of the clouds, whose coordinates are all that it sees."""
     k: int = 20
     """Neighbours in its graphs, the point itself included; PointNet has none."""
     image_encoder: Literal["resnet18", "resnet50"] = "resnet50"
@@ -155,7 +155,7 @@ class CrossPointConfig:
     @property
     def point_options(self) -> dict[str, Any]:
         """The options with which `create` makes the point encoder."""
-        options = {"k": self.k, "projection_dim": self.projection_dim}
+        options = {"k": self.k, "in_channels": 3, "projection_dim": self.projection_dim}
         return {key: options[key] for key in accepted(POINT_ENCODERS[self.point_encoder]) if key in options}
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,13 +12,11 @@ import hashlib
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -31,6 +29,7 @@ from crosspoint.models import checkpoints
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
 from crosspoint.train.log import RunLog
+from crosspoint.train.repeatable import Signals, derive_seed, isolated
 
 __all__ = ["learning_rate", "pretrain"]
 
@@ -60,7 +59,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     if state is None:
         save_config(out / "config.yaml", _without_resume(config))
-    with _isolated(device):
+    with isolated(device):
         return _Run(config, dataset, device, state).train()
 
 
@@ -78,7 +77,7 @@ class _Run:
         self.shapes = _fingerprint(dataset)
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
-        torch.manual_seed(_seed(config.seed, _INIT))
+        torch.manual_seed(derive_seed(config.seed, _INIT))
         self.model = models.build(config.model).to(device).train()
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
@@ -104,7 +103,7 @@ class _Run:
         )
         run_log = RunLog(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
         before, started = self.seconds, time.perf_counter()
-        with contextlib.closing(run_log), _Signals() as signals:
+        with contextlib.closing(run_log), Signals() as signals:
             for batch in self._batches():
                 epoch = self.step // self.steps_per_epoch
                 self.metrics = self._train_step(batch, epoch)
@@ -147,9 +146,9 @@ class _Run:
 
     def _train_step(self, batch: dict[str, Tensor], epoch: int) -> dict[str, float]:
         config, device, step = self.config, self.device, self.step
-        torch.manual_seed(_seed(config.seed, _STEP, step))
+        torch.manual_seed(derive_seed(config.seed, _STEP, step))
         # On the CPU, so that every device sees the same views.
-        generator = torch.Generator().manual_seed(_seed(config.seed, _AUGMENT, step))
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, _AUGMENT, step))
         points = batch["points"].to(device, non_blocking=True)  # (B, N, 3)
         images = batch["image"].to(device, non_blocking=True)  # (B, 3, H, W), uint8
         view1 = self.cloud_augmentation(points, generator)
@@ -236,52 +235,15 @@ class _Schedule(Sampler[list[tuple[int, int]]]):
         for step in range(self.first, self.total):
             epoch, batch = divmod(step, self.shapes // size)
             if epoch != order_epoch:
-                generator = torch.Generator().manual_seed(_seed(self.config.seed, _SHUFFLE, epoch))
+                generator = torch.Generator().manual_seed(derive_seed(self.config.seed, _SHUFFLE, epoch))
                 order, order_epoch = torch.randperm(self.shapes, generator=generator).tolist(), epoch
             yield [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into a note, so that the step in progress can end; a second acts at once."""
-
-    received = ""
-
-    def __enter__(self) -> _Signals:
-        self._former = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.received:
-            raise KeyboardInterrupt(f"stopped at once by a second {signal.Signals(number).name}")
-        self.received = signal.Signals(number).name
 
 
 def _ignore_interrupts(_: int) -> None:
     # Terminals and schedulers signal loader processes too; the training process ends them when it is ready.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _seed(seed: int, *key: int) -> int:
-    # 63 bits, the range that every generator takes.
-    return int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextlib.contextmanager
-def _isolated(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random state alone, and let cuDNN choose no kernel that adds in varying order."""
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
-    ):
-        yield
 
 
 def _find_state(config: PretrainConfig, out: Path) -> TrainState | None:

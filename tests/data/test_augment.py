@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from crosspoint.data import CloudAugmentation, ImageAugmentation
+from crosspoint.data import CloudAugmentation, ImageAugmentation, ScaleShift
 from crosspoint.data.augment import _colour_jitter, _Draws, _resample
 
 STILL = {"scale": (1.0, 1.0), "translation": 0.0, "jitter_std": 0.0, "max_dropout": 0.0}
@@ -132,6 +132,19 @@ def test_defaults_are_the_published_ones():
 def test_clouds_are_repeatable_and_independent():
     assert_repeatable(CloudAugmentation(), clouds(3, 20))
     assert_independent(CloudAugmentation(), clouds(4, 20))
+
+
+def test_scale_and_shift_are_uniform_and_of_each_axis():
+    x = clouds(500, 4).double()
+    y = ScaleShift()(x, generator())
+    scale = (y[:, 1:] - y[:, :1]) / (x[:, 1:] - x[:, :1])
+    torch.testing.assert_close(scale, scale[:, :1].expand_as(scale), rtol=1e-6, atol=1e-6)
+    assert_uniform(scale[:, 0], 2 / 3, 3 / 2)
+    assert_uniform(y[:, 0] - scale[:, 0] * x[:, 0], -0.2, 0.2)
+    axes = scale[:, 0].T
+    assert torch.corrcoef(axes).triu(1).abs().max() < 0.2
+    assert_repeatable(ScaleShift(), clouds(3, 20))
+    assert_independent(ScaleShift(), clouds(4, 20))
 
 
 def test_cloud_of_one_place_stays_finite():
@@ -278,6 +291,9 @@ def test_images_are_repeatable_and_independent(crop):
         (lambda: CloudAugmentation(scale=(2.0, 0.5)), ValueError, r"0 < low <= high, got \(2.0, 0.5\)"),
         (lambda: CloudAugmentation(jitter_std=-1.0), ValueError, "jitter_std must be >= 0, got -1.0"),
         (lambda: CloudAugmentation(max_dropout=1.5), ValueError, r"max_dropout must be in \[0, 1\], got 1.5"),
+        (lambda: ScaleShift()(clouds(2, 0), generator()), ValueError, r"N >= 1, got \(2, 0, 3\)"),
+        (lambda: ScaleShift(scale=(0.0, 1.0)), ValueError, r"0 < low <= high, got \(0.0, 1.0\)"),
+        (lambda: ScaleShift(shift=-1.0), ValueError, "shift must be >= 0, got -1.0"),
         (lambda: ImageAugmentation()(images(1, 4, 4)[0], generator()), ValueError, r"\(B, 3, H, W\), got"),
         (
             lambda: ImageAugmentation()(images(1, 4, 4) / 255, generator()),

@@ -145,7 +145,7 @@ def test_config_survives_json():
     [
         (
             {"point_encoder": "pointnet9"},
-            r"point_encoder must be one of \['dgcnn', 'dgcnn_part', 'pointnet'\], got 'pointnet9'",
+            r"point_encoder must be one of \['dgcnn', 'dgcnn_part', 'dgcnn_semantic', 'pointnet'\], got 'pointnet9'",
         ),
         ({"image_encoder": "vgg"}, "image_encoder must be one of"),
         ({"k": 0}, "k must be a positive integer, got 0"),
