@@ -24,7 +24,8 @@ from torch import Tensor
 
 from benchmarks import peers, registry
 from benchmarks.knn_paths import SETTINGS, measure
-from benchmarks.measure import Clock, backends, extra_bytes, runner
+from benchmarks.measure import Clock, backends, runner
+from benchmarks.memory import extra_bytes
 from benchmarks.small_calls import Small, small_calls
 from benchmarks.truth import judge
 from crosspoint import ops

@@ -1,14 +1,10 @@
-"""Time, memory and the machine's limits. Nothing is timed before its answer was judged (benchmarks/truth.py)."""
+"""Time: ours and the peers in turn. Nothing is timed before its answer was judged (benchmarks/truth.py)."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,20 +14,8 @@ from benchmarks.registry import ENTRIES, Case, Problem, build, ours
 from benchmarks.truth import judge, step
 from crosspoint import ops
 
-__all__ = [
-    "TUNED_MALLOC",
-    "Clock",
-    "backends",
-    "extra_bytes",
-    "interleave",
-    "limits",
-    "machine",
-    "measure",
-    "runner",
-]
+__all__ = ["Clock", "backends", "interleave", "measure", "runner", "spread"]
 
-# glibc keeps large blocks instead of handing them back to the kernel, which zeroes every page of the next one.
-TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 _BLOCK = 0.03  # seconds: shorter calls are timed in blocks of this length
 _SLOW = 3.0  # seconds: calls beyond take part in three rounds at most
 
@@ -158,109 +142,3 @@ def measure(case: Case, names: list[str], rounds: int, device: str = "cpu", impl
                 [theirs / own for theirs, own in zip(values, seconds[impl], strict=False)]
             )
     return row
-
-
-# ---- memory
-
-
-def peak_resident() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system does not report {name}; peak memory needs Linux")
-
-
-def start_counting() -> int:
-    """Forget the peak so far, and return what is resident now: the peak counts from there."""
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return peak_resident()
-    return _status("VmRSS")
-
-
-def peak_bytes(case: Case, name: str, warm: Case) -> int:
-    """What one call gains over its inputs, in this process. It must be fresh: ours keeps workspace between calls.
-
-    `warm` is run before, so that libraries are loaded and threads started; of a compiled peer, the case itself.
-    """
-    if name == peers.COMPILED:
-        warm = case
-    runner(name, build(warm))()
-    problem = build(case)
-    run = runner(name, problem)
-    if name == peers.COMPILED:
-        run()
-    before = start_counting()
-    run()
-    return peak_resident() - before
-
-
-def extra_bytes(run: Callable[[], list[Tensor]]) -> int:
-    """On a GPU: peak memory of a call beyond what was there before and what it returns."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = run()
-    torch.cuda.synchronize()
-    returned = sum(y.untyped_storage().nbytes() for y in result)
-    return torch.cuda.max_memory_allocated() - before - returned
-
-
-# ---- the machine
-
-
-def machine(device: str = "cpu") -> dict:
-    """What the results depend on."""
-    return {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} threads",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "malloc": "tuned" if all(os.environ.get(k) == v for k, v in TUNED_MALLOC.items()) else "default",
-        "load": list(os.getloadavg()),
-        "peers": peers.versions(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def limits(device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
-    """This machine's rates, measured: float32 matrix products and (GPU) bfloat16 ones, reading and copying memory."""
-    clock = Clock(device)
-    n = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    out = torch.empty_like(a)
-    floats = torch.zeros(1 << 27 if device == "cuda" else 1 << 25, device=device)
-    target = torch.empty_like(floats)
-
-    def best(run: Callable[[], object]) -> float:
-        run()
-        times, end = [], time.monotonic() + seconds
-        while time.monotonic() < end or len(times) < 3:
-            times.append(clock.once(run))
-        return min(times)
-
-    found = {
-        "gflops": 2e-9 * n**3 / best(lambda: torch.mm(a, b, out=out)),
-        "read_gb_s": 1e-9 * 4 * floats.numel() / best(floats.sum),
-        "copy_gb_s": 2e-9 * 4 * floats.numel() / best(lambda: target.copy_(floats)),
-    }
-    if device == "cuda":
-        a, b = a.bfloat16(), b.bfloat16()
-        found["gflops_bfloat16"] = 2e-9 * n**3 / best(lambda: a @ b)
-    return found

@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import inputs, measure, registry, scaling
+from benchmarks import inputs, machine, measure, registry, scaling
+from benchmarks.memory import peak_apart
 from benchmarks.peers import PEERS
 from benchmarks.registry import Case
 
@@ -54,10 +54,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--thread-scaling", action="store_true", help="also the same calls on 1, 2, ... threads"
     )
+    parser.add_argument("--no-ratios", action="store_true", help="only the growth and the threads asked for")
     parser.add_argument("--data", metavar="FOLDER", help=f"of meshes and scans; or {inputs.DATA}")
     parser.add_argument("--list", action="store_true", help="name the cases and end")
     parser.add_argument("--out", type=Path, help="JSON, whole after every case")
-    parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -72,19 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.data:
         os.environ[inputs.DATA] = args.data
-    if args.malloc == "tuned" and any(os.environ.get(k) != v for k, v in measure.TUNED_MALLOC.items()):
+    if args.malloc == "tuned" and not machine.tuned_malloc():
         command = [
             sys.executable,
             "-m",
             "benchmarks.run",
             *(sys.argv[1:] if arguments is None else arguments),
         ]
-        os.execve(sys.executable, command, {**os.environ, **measure.TUNED_MALLOC})
+        os.execve(sys.executable, command, {**os.environ, **machine.TUNED_MALLOC})
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.peak_of:
-        print(json.dumps(peak(*args.peak_of)))
-        return
     chosen = list(registry.cases(args.only, args.size, args.case))
     if not chosen:
         sys.exit(
@@ -93,22 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(f"{case.size:7s} {case.name}" for case in chosen))
         return
-    results = {
-        "schema": SCHEMA,
-        **measure.machine(args.device),
-        "limits": measure.limits(args.device),
-        "rows": [],
-    }
+    others = machine.Others()
+    results: dict = {"schema": SCHEMA, **machine.facts(args.device), "limits": machine.limits(args.device)}
     print(", ".join(f"{name} {value}" for name, value in results.items() if isinstance(value, str | int)))
     print(", ".join(f"{name} {value:.0f}" for name, value in results["limits"].items()), flush=True)
     for part, rows in (
-        ("rows", ratios(args, chosen)),
-        ("scaling", scaling.growth(args.only, peers_of(args), args.rounds) if args.scaling else ()),
-        ("threads", scaling.over_threads(chosen, args.rounds) if args.thread_scaling else ()),
+        ("rows", () if args.no_ratios else ratios(args, chosen, others)),
+        (
+            "scaling",
+            scaling.growth(args.only, peers_of(args), args.rounds, args.memory) if args.scaling else (),
+        ),
+        ("thread_scaling", scaling.over_threads(chosen, args.rounds) if args.thread_scaling else ()),
     ):
         results[part] = []
         for row in rows:
             results[part].append(row)
+            results["others"] = others.share()
             if args.out:
                 save(args.out, results)
 
@@ -120,9 +117,10 @@ def save(path: Path, results: dict) -> None:
     partial.replace(path)
 
 
-def ratios(args: argparse.Namespace, chosen: Sequence[Case]) -> Iterator[dict]:
+def ratios(args: argparse.Namespace, chosen: Sequence[Case], others: machine.Others) -> Iterator[dict]:
     for case in chosen:
-        row = measure.measure(case, peers_of(args), args.rounds, args.device, args.impl)
+        with others.watched():
+            row = measure.measure(case, peers_of(args), args.rounds, args.device, args.impl)
         if args.memory and args.device == "cpu":
             row["peak_bytes"] = {name: peak_apart(case, name) for name in row["ms"]}
         print("\n".join(lines(row)), flush=True)
@@ -155,27 +153,6 @@ def lines(row: dict) -> Iterator[str]:
 
 def memory(row: dict, name: str) -> str:
     return f", {row['peak_bytes'][name] / 2**20:.1f} MiB" if name in row.get("peak_bytes", {}) else ""
-
-
-def peak(case_name: str, name: str) -> int:
-    """Peak memory of a call, to be asked in a fresh process."""
-    everything = {case.name: case for case in registry.cases(None, registry.SIZES)}
-    case = everything[case_name]
-    warm = next(c for c in registry.cases([case.op], ("tiny",)) if c.backward == case.backward)
-    return measure.peak_bytes(case, name, warm)
-
-
-def peak_apart(case: Case, name: str) -> int:
-    """`peak`, in a process of its own with this process's threads and allocator."""
-    command = [sys.executable, "-m", "benchmarks.run", "--threads", str(torch.get_num_threads())]
-    command += ["--peak-of", case.name, name]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"measuring the memory of {name} in {case.name} failed: {done.stderr.strip()[-500:]}"
-        )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

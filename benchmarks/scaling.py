@@ -1,5 +1,5 @@
-"""How cost grows: with each size on its own, as the slope of log time over log size; and with the number of
-threads.
+"""How cost grows: with each size on its own, as the slope of log time over log size (with the batch, of memory too);
+and with the number of threads.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from benchmarks.measure import Clock, backends, interleave, measure, runner, spread
+from benchmarks.memory import peak_apart
 from benchmarks.peers import COMPILED
 from benchmarks.registry import Case, build
 from benchmarks.truth import judge
@@ -29,7 +30,7 @@ SWEEPS: dict[str, tuple[dict[str, int], dict[str, tuple[int, ...]]]] = {
             "C": (16, 64, 256),
             "C_out": (64, 128, 256),
             "k": (5, 10, 20, 40),
-            "B": (1, 4, 8),
+            "B": (1, 2, 4, 8),
         },
     ),
     "edge_conv2": (
@@ -42,39 +43,58 @@ SWEEPS: dict[str, tuple[dict[str, int], dict[str, tuple[int, ...]]]] = {
     ),
     "nt_xent": ({"N": 512, "D": 256}, {"N": (256, 512, 1024, 2048, 4096), "D": (64, 128, 256, 512)}),
     "info_nce": ({"N": 1024, "D": 256}, {"N": (512, 1024, 2048, 4096)}),
+    "dgcnn": ({"B": 2, "N": 512, "k": 20}, {"N": (256, 512, 1024, 2048), "B": (1, 2, 4, 8)}),
 }
 
 
-def growth(only: Sequence[str] | None, names: Sequence[str], rounds: int) -> Iterator[dict]:
-    """A row per operator and size: milliseconds of ours and of the peers, of right answers alone, and the slopes."""
+def growth(only: Sequence[str] | None, names: Sequence[str], rounds: int, memory: bool) -> Iterator[dict]:
+    """A row per operator and size: milliseconds of ours and of the peers, of right answers alone, and the slopes.
+
+    With `memory`, rows over the batch also have peak bytes and their slopes, a process for each.
+    """
     names = [name for name in names if name != COMPILED]  # it would compile anew at every point
     for op, (middle, sweeps) in SWEEPS.items():
         if only is not None and op not in only:
             continue
         for name, values in sweeps.items():
-            yield swept(op, middle, name, values, names, rounds)
+            batch = "B" if "B" in middle else "N"  # a loss's batch is its pairs
+            yield swept(op, middle, name, values, names, rounds, memory and name == batch)
 
 
 def swept(
-    op: str, middle: dict[str, int], size: str, values: Sequence[int], names: Sequence[str], rounds: int
+    op: str,
+    middle: dict[str, int],
+    size: str,
+    values: Sequence[int],
+    names: Sequence[str],
+    rounds: int,
+    memory: bool,
 ) -> dict:
-    row: dict = {"op": op, "size": size, "middle": middle, "values": list(values), "ms": {}, "slope": {}}
+    row: dict = {"op": op, "size": size, "middle": middle, "values": list(values), "ms": {}}
+    if memory:
+        row["peak_bytes"] = {}
     for value in values:
         case = Case(op, "scaling", {**middle, size: value}, backward=op != "knn_graph")
         measured = measure(case, names, min(rounds, 5))
         row["ours"] = measured["ours"]
         for name, time in measured["ms"].items():
             row["ms"].setdefault(name, {})[str(value)] = time["median"]
-    row["slope"] = {name: slope(times) for name, times in row["ms"].items() if len(times) > 1}
-    text = ", ".join(f"{name} {value:.2f}" for name, value in row["slope"].items())
-    print(f"{op} over {size} = {', '.join(map(str, values))}: slope {text}", flush=True)
+            if memory:
+                row["peak_bytes"].setdefault(name, {})[str(value)] = peak_apart(case, name)
+    for key in ("ms", "peak_bytes"):
+        if key in row:
+            positive = {name: {v: cost for v, cost in row[key][name].items() if cost} for name in row[key]}
+            slopes = {name: slope(found) for name, found in positive.items() if len(found) > 1}
+            row["slope" if key == "ms" else "slope_bytes"] = slopes
+            text = ", ".join(f"{name} {value:.2f}" for name, value in slopes.items())
+            print(f"{op}, {key} over {size} = {', '.join(map(str, values))}: slope {text}", flush=True)
     return row
 
 
-def slope(times: dict[str, float]) -> float:
-    """Of the line through log(time) over log(size) that fits best."""
-    x = [math.log(float(value)) for value in times]
-    y = [math.log(time) for time in times.values()]
+def slope(costs: dict[str, float]) -> float:
+    """Of the line through log(cost) over log(size) that fits best."""
+    x = [math.log(float(value)) for value in costs]
+    y = [math.log(cost) for cost in costs.values()]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return above / sum((a - mean_x) ** 2 for a in x)

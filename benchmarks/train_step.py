@@ -1,11 +1,17 @@
-"""Time and peak memory of one DGCNN training step, fused and plain, measured in one run.
+"""Time and peak memory of one training step, fused and plain, measured in one run; and the largest batch that fits.
 
     python -m benchmarks.train_step --batch 32 --points 2048 --k 20 --steps 3 --out step.json
+    python -m benchmarks.train_step --model crosspoint --batch 4 --points 1024 --largest-batch --out step.json
+
+The models: `dgcnn`, the encoder, with a sum of squares for a loss; `crosspoint`, all of the pre-training step: both
+views through DGCNN, images through ResNet-50, both losses, Adam. "fused" is crosspoint.models, "plain" the same in
+plain PyTorch (benchmarks/plain.py); the ResNet is the same in both.
 
 Each variant lives in a process of its own (peak resident memory is a process's figure), holds the same weights
 and the same clouds, and steps in turn with the others, so that a change of the machine's speed meets all of
 them. With `--malloc tuned` glibc keeps large blocks instead of returning them to the kernel after every tensor:
-the harder baseline, because most of what the plain step loses otherwise is page faults.
+the harder baseline, because most of what the plain step loses otherwise is page faults. No process may take more than
+what the machine has free, so that a batch that does not fit fails by itself and is reported as that.
 """
 
 from __future__ import annotations
@@ -14,100 +20,190 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure import TUNED_MALLOC, peak_resident
-from benchmarks.plain import PlainDGCNN, plain_state
-from crosspoint.models import DGCNN
+from benchmarks import machine
+from benchmarks.inputs import clouds
+from benchmarks.memory import available, confine, peak_resident
+from benchmarks.plain import PlainCrossPoint, PlainDGCNN, plain_state
+from crosspoint.models import DGCNN, CrossPoint, ResNet
 
+MODELS = ("dgcnn", "crosspoint")
 VARIANTS = ("fused", "plain")
+_SPARE = 0.9  # of what is free may be taken
+_TRIALS = 6  # of the search for the largest batch
 
 
-def clouds(batch: int, points: int) -> Tensor:
-    """Points on ellipsoids of random proportions, (B, N, 3), in the unit ball."""
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(batch, points, 3, generator=generator)
-    radii = torch.rand(batch, 1, 3, generator=generator) * 0.8 + 0.2
-    return torch.nn.functional.normalize(direction, dim=2) * radii
+class DoesNotFit(Exception):
+    """A step asked for more memory than its process may have."""
 
 
-def make_model(variant: str, k: int) -> torch.nn.Module:
+class Died(Exception):
+    """A step's process ended without a word."""
+
+
+# ---- a variant's process
+
+
+def make_model(model: str, variant: str, k: int, depth: int) -> torch.nn.Module:
     torch.manual_seed(0)
-    fused = DGCNN(k, projection_dim=None)
+    if model == "dgcnn":
+        fused = DGCNN(k, projection_dim=None)
+        plain = PlainDGCNN(k, projection_dim=None)
+    else:
+        fused = CrossPoint(DGCNN(k), ResNet(depth))
+        plain = PlainCrossPoint(k, depth)
     if variant == "fused":
         return fused
-    plain = PlainDGCNN(k, projection_dim=None)
     plain.load_state_dict(plain_state(fused.state_dict()))
     return plain
 
 
-def serve(variant: str, args: argparse.Namespace, pipe: Connection) -> None:
+def make_inputs(model: str, batch: int, points: int, image_size: int) -> tuple[Tensor, ...]:
+    view1, _ = clouds("surfaces", batch, points)
+    if model == "dgcnn":
+        return (view1,)
+    view2, _ = clouds("surfaces", batch, points, seed=1)
+    images = torch.randn(batch, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    return view1, view2, images
+
+
+def loss_of(model: torch.nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+    out = model(*inputs)
+    return out.square().mean() if isinstance(out, Tensor) else out.loss
+
+
+def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -> None:
     """A variant's process: one training step (forward, backward, Adam) for every message."""
+    confine(most)
     torch.set_num_threads(args.threads)
-    model = make_model(variant, args.k).train()
-    points = clouds(args.batch, args.points)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model = make_model(args.model, variant, args.k, args.depth).train()
     # Libraries get loaded and the thread pool started before memory is counted.
-    model(points[:2, : max(args.k, 64)]).square().mean().backward()
-    model.load_state_dict(make_model(variant, args.k).state_dict())
+    loss_of(model, make_inputs(args.model, 2, max(args.k, 64), 64)).backward()
+    model.load_state_dict(make_model(args.model, variant, args.k, args.depth).state_dict())
     base = peak_resident()
-    while pipe.recv() == "step":
-        started = time.perf_counter()
-        feature = model(points)
-        loss = feature.square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        seconds = time.perf_counter() - started
-        pipe.send({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_resident() - base})
+    try:
+        inputs = make_inputs(args.model, args.batch, args.points, args.image_size)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        while pipe.recv() == "step":
+            started = time.perf_counter()
+            loss = loss_of(model, inputs)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            seconds = time.perf_counter() - started
+            pipe.send({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_resident() - base})
+    except (RuntimeError, MemoryError) as error:
+        if not _is_about_memory(error):
+            raise
+        pipe.send({"does_not_fit": f"{type(error).__name__}: {error}"[:200]})
 
 
-def measure(args: argparse.Namespace) -> dict:
-    context = multiprocessing.get_context("spawn")
-    former = {name: os.environ.get(name) for name in TUNED_MALLOC}
-    if args.malloc == "tuned":
-        os.environ.update(TUNED_MALLOC)
-    pipes, workers = {}, []
-    for variant in args.variants:
-        pipes[variant], other = context.Pipe()
-        workers.append(context.Process(target=serve, args=(variant, args, other), daemon=True))
-        workers[-1].start()
+def _is_about_memory(error: Exception) -> bool:
+    words = ("allocate", "bad_alloc", "out of memory", "could not create")  # oneDNN says the last
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+class Worker:
+    """A variant's process, from outside."""
+
+    def __init__(self, variant: str, args: argparse.Namespace, most: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(variant, args, most, other), daemon=True)
+        with _allocator(args.malloc):
+            self._process.start()
         other.close()
+        self._variant = variant
+
+    def step(self) -> dict:
+        """Seconds, loss and peak bytes. DoesNotFit where memory did not suffice."""
+        with suppress(OSError):  # where it ended before, it has said why
+            self._pipe.send("step")
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise Died(f"the {self._variant} step ended with {self._process.exitcode}") from None
+        if "does_not_fit" in answer:
+            raise DoesNotFit(answer["does_not_fit"])
+        return answer
+
+    def stop(self) -> None:
+        with suppress(OSError):  # it may have ended
+            self._pipe.send("stop")
+        self._process.join()
+
+
+@contextmanager
+def _allocator(malloc: str) -> Iterator[None]:
+    """What processes started here get as their environment."""
+    former = {name: os.environ.get(name) for name in machine.TUNED_MALLOC}
+    for name, value in machine.TUNED_MALLOC.items():
+        if malloc == "tuned":
+            os.environ[name] = value
+        else:
+            os.environ.pop(name, None)
+    yield
     for name, value in former.items():
         if value is None:
             os.environ.pop(name, None)
-    steps = {variant: [] for variant in args.variants}
-    for _ in range(args.steps):
-        for variant, pipe in pipes.items():
-            pipe.send("step")
-            steps[variant].append(pipe.recv())
-    for pipe in pipes.values():
-        pipe.send("stop")
-    for worker in workers:
-        worker.join()
-    return summarise(args, steps)
+        else:
+            os.environ[name] = value
 
 
-def summarise(args: argparse.Namespace, steps: dict[str, list[dict]]) -> dict:
+# ---- one step
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All variants in turn. One that does not fit is left out, with the reason."""
+    free = int(_SPARE * available())
+    workers: dict[str, Worker] = {}
+    steps: dict[str, list[dict]] = {}
+    failed: dict[str, str] = {}
+    for variant in args.variants:  # one after the other, so that the second is given what the first leaves
+        worker = Worker(variant, args, free)
+        try:
+            steps[variant] = [worker.step()]
+        except DoesNotFit as error:
+            failed[variant] = f"does not fit in {free / 2**30:.1f} GiB: {error}"
+            worker.stop()
+            continue
+        workers[variant] = worker
+        free -= steps[variant][0]["peak_bytes"]
+    for _ in range(args.steps - 1):
+        for variant, worker in workers.items():
+            steps[variant].append(worker.step())
+    for worker in workers.values():
+        worker.stop()
+    return summarise(args, steps, failed)
+
+
+def summarise(args: argparse.Namespace, steps: dict[str, list[dict]], failed: dict[str, str]) -> dict:
     first_losses = [runs[0]["loss"] for runs in steps.values()]
     # Distances that round differently flip a few neighbours: the losses agree closely, not bitwise.
-    if max(first_losses) - min(first_losses) > 1e-3 * abs(first_losses[0]):
+    if first_losses and max(first_losses) - min(first_losses) > 1e-3 * abs(first_losses[0]):
         raise SystemExit(f"the variants disagree, so no speed is reported: first losses {first_losses}")
     result = {
+        "model": args.model,
         "batch": args.batch,
         "points": args.points,
         "k": args.k,
         "threads": args.threads,
+        **{
+            name: value
+            for name, value in machine.facts().items()
+            if name not in ("threads", "malloc", "peers")
+        },
         "malloc": args.malloc,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
     for variant, runs in steps.items():
         result[variant] = {
@@ -116,6 +212,7 @@ def summarise(args: argparse.Namespace, steps: dict[str, list[dict]]) -> dict:
             "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
             "loss": runs[0]["loss"],
         }
+    result |= {variant: {"failed": why} for variant, why in failed.items()}
     if set(VARIANTS) <= set(steps):
         pairs = zip(steps["plain"], steps["fused"], strict=True)
         result["speedup"] = statistics.median(p["seconds"] / f["seconds"] for p, f in pairs)
@@ -123,18 +220,82 @@ def summarise(args: argparse.Namespace, steps: dict[str, list[dict]]) -> dict:
     return result
 
 
-def main() -> None:
+# ---- the largest batch
+
+
+def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
+    """The largest batch whose step a process of `most` bytes gets through, by trial: `batch` ran, `too_large` did not.
+
+    Memory grows by the same amount with every cloud, so the first trial after two small ones is near.
+    """
+
+    def peak(batch: int) -> int | None:
+        worker = Worker(variant, argparse.Namespace(**{**vars(args), "batch": batch}), most)
+        try:
+            return worker.step()["peak_bytes"]
+        except DoesNotFit:
+            return None
+        except Died:  # threads of libraries that cannot report a failed allocation end their process
+            if batch == 2:
+                raise
+            return None
+        finally:
+            worker.stop()
+
+    peaks = {2: peak(2), 4: peak(4)}
+    if peaks[2] is None:
+        return {"batch": None, "too_large": 2}
+    if peaks[4] is None:
+        return {"batch": 2, "too_large": 4}
+    each = max(1, (peaks[4] - peaks[2]) // 2)
+    fits, too_large = 4, None
+    guess = max(5, 4 + int((most - peaks[4] - _held_at_start(args)) / each))
+    for _ in range(_TRIALS):
+        if peak(guess) is None:
+            too_large = guess
+        else:
+            fits = guess
+        if too_large is not None and too_large - fits <= max(1, fits // 32):
+            break
+        step = max(1, guess // 16)
+        guess = fits + step if too_large is None else max(fits + 1, too_large - step)
+        if too_large is not None and guess >= too_large:
+            guess = (fits + too_large) // 2
+    return {"batch": fits, "too_large": too_large}
+
+
+def _held_at_start(args: argparse.Namespace) -> int:
+    """What a process holds before its step: weights, gradients, and what libraries take."""
+    return 3 << 27 if args.model == "dgcnn" else 5 << 27
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="dgcnn")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--points", type=int, default=2048)
     parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--depth", type=int, choices=(18, 50), default=50, help="of crosspoint's ResNet")
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--malloc", choices=("default", "tuned"), default="default")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument(
+        "--largest-batch",
+        type=float,
+        nargs="?",
+        const=4.0,
+        metavar="GIB",
+        help="also the largest batch that a process of so many GiB (4 if none are named) gets through",
+    )
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     result = measure(args)
+    if args.largest_batch:
+        most = int(min(args.largest_batch * 2**30, _SPARE * available()))
+        found = {variant: largest_batch(args, variant, most) for variant in args.variants}
+        result["largest_batch"] = {"limit_mib": most >> 20, **found}
     print(json.dumps(result, indent=2))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

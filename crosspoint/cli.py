@@ -127,6 +127,14 @@ _COMMANDS = {
         ("source", "out"),
         "crosspoint convert best_model.pth weights.safetensors",
     ),
+    "bench": _Command(
+        "measure this machine against plain PyTorch and other packages (in a checkout)",
+        "crosspoint.bench",
+        "BenchConfig",
+        "bench",
+        (),
+        "crosspoint bench --quick",
+    ),
     "demo": _Command(
         "all of the above on built-in shapes, in minutes",
         "crosspoint.evaluate.demo",
