@@ -51,7 +51,7 @@ variants: build
 # The battery on the Triton kernels, interpreted: indices, masks and control flow, on a CPU. It says nothing of precision.
 interpret: build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_knn.py tests/ops/test_edge_conv.py tests/ops/test_gather_max.py \
-	  tests/ops/test_neighbor_sum.py -k "triton and ($(INTERPRETED))"
+	  tests/ops/test_neighbor_sum.py tests/ops/test_conv_bn_act_pool.py -k "triton and ($(INTERPRETED))"
 
 # The operators' battery on kernels built with the address and undefined-behaviour sanitizers.
 sanitize: install

@@ -6,7 +6,6 @@ Names in kernels: `i_` program ids and scalars of the grid, `o_` offsets, `p_` p
 from __future__ import annotations
 
 import contextlib
-import os
 
 import torch
 import triton
@@ -15,7 +14,6 @@ import triton.language as tl
 __all__ = [
     "INTERPRETED",
     "MISSING",
-    "check_lengths",
     "device_of",
     "gather_blocks",
     "log2",
@@ -37,16 +35,6 @@ MISSING = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 def rows_of_block(rows: int) -> int:
     """The launch table's, but for the interpreter, whose time goes by operations and not by elements."""
     return max(rows, 64) if INTERPRETED else rows
-
-
-def check_lengths(name: str, lengths: torch.Tensor | None, most: int) -> None:
-    """Where CROSSPOINT_CHECK=1 asks for it, at the price of waiting for the device: an IndexError for a length outside
-    [0, most]. Otherwise the kernels clamp them."""
-    if lengths is None or os.environ.get("CROSSPOINT_CHECK") != "1":
-        return
-    for b, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= most:
-            raise IndexError(f"{name}[{b}] is {length}: expected a number of points between 0 and {most}")
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from crosspoint.kernels import knn_filter
-from crosspoint.kernels._common import check_lengths, device_of, programs, rows_of_block, widened
+from crosspoint.kernels._checks import check_length_values
+from crosspoint.kernels._common import device_of, programs, rows_of_block, widened
 from crosspoint.kernels.knn_direct import (
     DIRECT,
     MERGE,
@@ -34,7 +35,7 @@ __all__ = ["knn", "knn_graph"]
 
 def knn_graph(x: Tensor, k: int, lengths: Tensor | None, include_self: bool) -> Tensor:
     """idx (B, N, k) of crosspoint::knn_graph_triton."""
-    check_lengths("lengths", lengths, x.shape[1])
+    check_length_values("lengths", lengths, x.shape[1])
     x = widened(x)
     idx = x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64)
     own = SELF_FIRST if include_self else SELF_LEFT_OUT
@@ -46,8 +47,8 @@ def knn(
     query: Tensor, points: Tensor, k: int, lengths_query: Tensor | None, lengths_points: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dist2, idx (B, M, k) of crosspoint::knn_triton."""
-    check_lengths("lengths_query", lengths_query, query.shape[1])
-    check_lengths("lengths_points", lengths_points, points.shape[1])
+    check_length_values("lengths_query", lengths_query, query.shape[1])
+    check_length_values("lengths_points", lengths_points, points.shape[1])
     query, points = widened(query), widened(points)
     shape = (query.shape[0], query.shape[1], k)
     dist2, idx = query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)

@@ -13,7 +13,10 @@ most of the memory. Here the product is stored once, and nothing else of its siz
 monotonic, so the maximum is taken before them; the norm's statistics and both poolings are sums over rows; and
 the gradient of the product exists 256 rows at a time, multiplied at once into the gradients of x and weight.
 
-Memory beside inputs, output and gradients, in elements of 4 bytes (8 for float64): B N C_out, kept for the
+On a GPU even the product is not stored: its statistics come from the Gram matrix of x, and of every value one bit is
+kept for the backward pass.
+
+Memory on a CPU beside inputs, output and gradients, in elements of 4 bytes (8 for float64): B N C_out, kept for the
 backward pass (in evaluation without gradients it does not exist). While running, forward 12 C_out per 256 rows,
 backward 16 C_in C_out; either pass a copy of weight and, per thread, 256 (C_in + C_out). Half types are widened:
 add a float32 copy of x and of its gradient.
@@ -26,8 +29,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _library, reference
-from crosspoint.ops._checks import FLOATS, check_lengths, check_norm
+from crosspoint.ops import _dispatch, _gpu, _library, reference
+from crosspoint.ops._checks import FLOATS, check_lengths, check_norm, compute_dtype
 
 __all__ = ["conv_bn_act_pool"]
 
@@ -66,7 +69,7 @@ def conv_bn_act_pool(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         negative_slope: of the LeakyReLU, >= 0; 0 is ReLU.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         (B, 2 C_out) in the dtype of x (or autocast's): maxima, then means. Differentiable once in x, weight,
@@ -84,7 +87,8 @@ def conv_bn_act_pool(
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
-    if _dispatch.choose("conv_bn_act_pool", impl, x.device) == "reference":
+    backend = _dispatch.choose("conv_bn_act_pool", impl, x.device)
+    if backend == "reference":
         with torch.autocast(device, enabled=False):
             return reference.conv_bn_act_pool(
                 x,
@@ -112,6 +116,7 @@ def conv_bn_act_pool(
         eps,
         negative_slope,
         torch.is_grad_enabled(),
+        backend,
     )[0]
 
 
@@ -154,11 +159,15 @@ def _check(
     return check_lengths("conv_bn_act_pool", "lengths", lengths, "x", x)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _fake_forward(x, *args):
+    return _shapes(x, *args, gpu=x.device.type == "cuda")
 
 
-def _fake_forward(
+def _fake_forward_gpu(*args):
+    return _shapes(*args, gpu=True)
+
+
+def _shapes(
     x,
     weight,
     gamma,
@@ -171,21 +180,26 @@ def _fake_forward(
     eps,
     negative_slope,
     backward,
+    *,
+    gpu,
 ):
-    (batch, n, _), c_out = x.shape, weight.shape[0]
+    (batch, n, c_in), c_out, none = x.shape, weight.shape[0], (0,)
+    product, product_dtype = (batch, n, c_out), compute_dtype(x)
+    if gpu:
+        product, product_dtype = (batch, n, (c_out + 31) // 32), torch.int32
     return (
         x.new_empty((batch, 2 * c_out)),
-        x.new_empty((batch, n, c_out) if backward else (0,), dtype=_compute_dtype(x)),
-        x.new_empty((batch, c_out) if backward else (0,), dtype=torch.int32),
+        x.new_empty(product if backward else none, dtype=product_dtype),
+        x.new_empty((batch, c_out) if backward else none, dtype=torch.int32),
         x.new_empty((2, c_out), dtype=torch.float64),
-        x.new_empty((2, batch, c_out) if backward else (0,), dtype=torch.float64),
+        x.new_empty((2 + gpu, batch, c_out) if backward else none, dtype=torch.float64),
+        x.new_empty((c_in * training + 1, c_in) if backward and gpu else none, dtype=torch.float64),
     )
 
 
-def _fake_backward(
-    grad, x, weight, gamma, beta, lengths, h, winner, statistics, slopes, training, slope, need_x, need_weight
-):
-    dtype, channels = _compute_dtype(x), weight.shape[:1]
+def _fake_backward(grad, x, weight, *rest):
+    need_x, need_weight = rest[-2:]
+    dtype, channels = compute_dtype(x), weight.shape[:1]
     return (
         x.new_empty(x.shape if need_x else (0,)),
         x.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
@@ -194,18 +208,23 @@ def _fake_backward(
     )
 
 
+# `product` is h on the CPU; on a GPU a bit of each of its values, and `moments` the Gram matrix of x and its centre.
 _library.define(
     "conv_bn_act_pool(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? lengths, bool training, float momentum, float eps, float negative_slope, "
-    "bool backward) -> (Tensor out, Tensor h, Tensor winner, Tensor statistics, Tensor slopes)",
+    "bool backward) -> (Tensor out, Tensor product, Tensor winner, Tensor statistics, Tensor slopes, Tensor moments)",
     _fake_forward,
 )
 _library.define(
     "conv_bn_act_pool_backward(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor? lengths, "
-    "Tensor h, Tensor winner, Tensor statistics, Tensor slopes, bool training, float negative_slope, bool need_x, "
-    "bool need_weight) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, Tensor grad_beta)",
+    "Tensor product, Tensor winner, Tensor statistics, Tensor slopes, Tensor moments, bool training, "
+    "float negative_slope, bool need_x, bool need_weight) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_gamma, "
+    "Tensor grad_beta)",
     _fake_backward,
 )
+_library.define_like("conv_bn_act_pool", "triton", _fake_forward_gpu)
+_library.define_like("conv_bn_act_pool_backward", "triton")
+_gpu.implement("conv_bn_act_pool", "conv_bn_act_pool", "conv_bn_act_pool_backward")
 
 
 class _ConvBnActPool(torch.autograd.Function):
@@ -223,8 +242,9 @@ class _ConvBnActPool(torch.autograd.Function):
         eps,
         negative_slope,
         backward,
+        backend,
     ):
-        return torch.ops.crosspoint.conv_bn_act_pool(
+        return _dispatch.operator("conv_bn_act_pool", backend)(
             x,
             weight,
             gamma,
@@ -241,17 +261,17 @@ class _ConvBnActPool(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, gamma, beta, _, _, lengths, training, _, _, negative_slope, _ = inputs
+        x, weight, gamma, beta, _, _, lengths, training, _, _, negative_slope, _, backend = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, gamma, beta, lengths, *saved)
-        ctx.training, ctx.negative_slope = training, negative_slope
+        ctx.training, ctx.negative_slope, ctx.backend = training, negative_slope, backend
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 12
+            return (None,) * 13
         x, weight, gamma, beta, lengths, *saved = ctx.saved_tensors
         need_x, need_weight, need_gamma, need_beta = ctx.needs_input_grad[:4]
         grad_x, grad_weight, grad_gamma, grad_beta = _ConvBnActPoolBackward.apply(
@@ -266,13 +286,14 @@ class _ConvBnActPool(torch.autograd.Function):
             ctx.negative_slope,
             need_x,
             need_weight,
+            ctx.backend,
         )
         return (
             grad_x if need_x else None,
             grad_weight.to(weight.dtype) if need_weight else None,
             grad_gamma.to(gamma.dtype) if need_gamma else None,
             grad_beta.to(beta.dtype) if need_beta else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
@@ -287,26 +308,29 @@ class _ConvBnActPoolBackward(torch.autograd.Function):
         gamma,
         beta,
         lengths,
-        h,
+        product,
         winner,
         statistics,
         slopes,
+        moments,
         training,
         negative_slope,
         need_x,
         need_weight,
+        backend,
     ):
-        return torch.ops.crosspoint.conv_bn_act_pool_backward(
+        return _dispatch.operator("conv_bn_act_pool_backward", backend)(
             grad,
             x,
             weight,
             gamma,
             beta,
             lengths,
-            h,
+            product,
             winner,
             statistics,
             slopes,
+            moments,
             training,
             negative_slope,
             need_x,

@@ -25,7 +25,7 @@ struct PoolTensors {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_pool(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_pool(
     const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, const Lengths& lengths, bool training, double momentum, double eps,
     double negative_slope, bool backward) {
@@ -72,13 +72,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_bn_act_pool(
   }
   if (!backward) saved.h = new_tensor(x, {0}, dtype);
   if (x.scalar_type() != dtype) out = torch::stable::to(out, x.scalar_type());
-  return {out, saved.h, saved.winner, saved.statistics, saved.slopes};
+  return {out, saved.h, saved.winner, saved.statistics, saved.slopes, new_tensor(x, {0}, ScalarType::Double)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_pool_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& gamma, const Tensor& beta,
     const Lengths& lengths, const Tensor& h, const Tensor& winner, const Tensor& statistics, const Tensor& slopes,
-    bool training, double negative_slope, bool need_x, bool need_weight) {
+    const Tensor& /* moments, which a GPU keeps */, bool training, double negative_slope, bool need_x, bool need_weight) {
   const int64_t batch = x.size(0), n = x.size(1), c_in = x.size(2), c_out = weight.size(0);
   const ScalarType dtype = compute_dtype(x);
   const Lengths valid = checked(lengths, batch, n, "lengths");

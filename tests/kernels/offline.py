@@ -21,13 +21,13 @@ from triton.compiler import ASTSource
 CACHE = Path(__file__).parents[2] / "build" / "triton"  # by content, so that a second run compiles nothing
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
-LISTS = ("knn_variants", "gather_variants", "edge_conv_variants")
+LISTS = ("knn_variants", "gather_variants", "edge_conv_variants", "conv_bn_act_pool_variants")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is launched: the types of its arguments (others may be there too), its constants (None for a
-    tensor that is left out) and options."""
+    """One kernel as it is launched: the types of its arguments (others may be there too; "i32/16" for multiples of 16,
+    which Triton compiles for), its constants (None for a tensor that is left out) and options."""
 
     name: str
     kernel: object
@@ -68,7 +68,11 @@ def _compile(index: int, architecture: int) -> Compiled:
     triton.knobs.cache.dir = str(CACHE)
     names = variant.kernel.arg_names
     types = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name][0] == "*"}
+    multiples = [
+        i for i, name in enumerate(names) if types[name].startswith("*") or types[name].endswith("/16")
+    ]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
+    types = {name: kind.removesuffix("/16") for name, kind in types.items()}
     source = ASTSource(variant.kernel, types, variant.constants, aligned)
     kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=variant.options)
     cubin = CACHE / f"{kernel.hash}.cubin"

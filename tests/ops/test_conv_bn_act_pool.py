@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from crosspoint import ops
-from crosspoint.ops import reference
-from op_tester import Call, OpTester, assert_close
+from crosspoint.ops import _dispatch, reference
+from op_tester import Call, OpTester, assert_close, compiled_backends, usable_backends
 
-IMPLS = ["reference", "native"]
+IMPLS = sorted(usable_backends("conv_bn_act_pool", "cpu"))
+compiled = pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
 
 
 def make(batch=2, n=19, c_in=5, c_out=7, *, training=True, running=True, seed=0, **options) -> Call:
@@ -114,22 +115,21 @@ class TestConvBnActPool(OpTester):
 
     @classmethod
     def operator_calls(cls):
-        operators = torch.ops.crosspoint
-
-        def forward(build, dtype=torch.float32, backward=True):
+        def forward(build, dtype=torch.float32, backward=True, backend="native"):
             call = build().to(dtype)
             options = {"running_mean": None, "running_var": None, "lengths": None, **call.kwargs}
             given = (options[name] for name in ("running_mean", "running_var", "lengths", "training"))
-            return operators.conv_bn_act_pool.default, (*call.args, *given, 0.1, 1e-5, 0.2, backward)
+            operator = _dispatch.operator("conv_bn_act_pool", backend).default
+            return operator, (*call.args, *given, 0.1, 1e-5, 0.2, backward)
 
-        def backward(build, dtype=torch.float32):
-            operator, args = forward(build, dtype)
+        def backward(build, dtype=torch.float32, backend="native"):
+            operator, args = forward(build, dtype, backend=backend)
             out, *saved = operator(*args)
-            return operators.conv_bn_act_pool_backward.default, (
+            return _dispatch.operator("conv_bn_act_pool_backward", backend).default, (
                 torch.ones_like(out), *args[:4], args[6], *saved, args[7], 0.2, True, True,
             )  # fmt: skip
 
-        return {
+        calls = {
             "forward": lambda: forward(make),
             "forward_half": lambda: forward(make, torch.bfloat16),
             "forward_ragged": lambda: forward(ragged),
@@ -143,6 +143,12 @@ class TestConvBnActPool(OpTester):
             "backward_ragged": lambda: backward(ragged, torch.float64),
             "backward_empty": lambda: backward(lambda: make(n=0)),
         }
+        if ("triton", "cpu") in compiled_backends(cls.op):
+            calls["forward-triton-cpu"] = lambda: forward(ragged, torch.bfloat16, backend="triton")
+            calls["forward_empty-triton-cpu"] = lambda: forward(lambda: make(batch=0), backend="triton")
+            calls["backward-triton-cpu"] = lambda: backward(ragged, backend="triton")
+            calls["backward_empty-triton-cpu"] = lambda: backward(lambda: make(n=0), backend="triton")
+        return calls
 
     @classmethod
     def bad_calls(cls):
@@ -232,52 +238,55 @@ def test_statistics_are_those_of_the_valid_rows(impl):
     torch.testing.assert_close(call.kwargs["running_var"], h.var(0))
 
 
-def test_empty_batches_leave_the_running_statistics_alone():
+@compiled
+def test_empty_batches_leave_the_running_statistics_alone(impl):
     for call in (make(batch=0), make(lengths=torch.zeros(2, dtype=torch.int64))):
         before = call.clone().kwargs
-        ops.conv_bn_act_pool(*call.args, **call.kwargs, impl="native")
+        ops.conv_bn_act_pool(*call.args, **call.kwargs, impl=impl)
         assert torch.equal(call.kwargs["running_mean"], before["running_mean"])
         assert torch.equal(call.kwargs["running_var"], before["running_var"])
 
 
+@compiled
 @pytest.mark.parametrize("offset", [1e3, 1e5])
-def test_far_offsets_lose_nothing(offset):
+def test_far_offsets_lose_nothing(impl, offset):
     """The product's own rounding is given to both sides: weights of one input channel that is exact in float32."""
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(2, 500, 1, generator=g) * 64).round() / 64 + offset
     weight, gamma, beta = torch.ones(1, 1), torch.ones(1), torch.zeros(1)
     args = (x, weight, gamma, beta)
-    actual = ops.conv_bn_act_pool(*args, training=True, impl="native")
+    actual = ops.conv_bn_act_pool(*args, training=True, impl=impl)
     expected = reference.conv_bn_act_pool(*(t.double() for t in args), training=True)
     assert_close(actual, expected, 1e-6, "offset")
 
 
-def test_ties_go_to_the_first_row():
+@compiled
+def test_ties_go_to_the_first_row(impl):
     x = torch.tensor([[[1.0], [3.0], [3.0], [2.0]]], requires_grad=True)
     statistics = torch.zeros(1), torch.ones(1)
     out = ops.conv_bn_act_pool(
-        x, torch.ones(1, 1), torch.ones(1), torch.zeros(1), *statistics, training=False, impl="native"
+        x, torch.ones(1, 1), torch.ones(1), torch.zeros(1), *statistics, training=False, impl=impl
     )
     out[0, 0].backward()
     assert (x.grad.flatten() != 0).tolist() == [False, True, False, False]
 
 
-def test_half_types_are_computed_in_float32():
+@compiled
+def test_half_types_are_computed_in_float32(impl):
     call = make(3, 40, 16, 24)
     for dtype in (torch.bfloat16, torch.float16):
         half = call.to(dtype)
-        out = ops.conv_bn_act_pool(*half.args, **half.clone().kwargs, impl="native")
-        wide = ops.conv_bn_act_pool(
-            *half.to(torch.float32).args, **half.to(torch.float32).kwargs, impl="native"
-        )
+        out = ops.conv_bn_act_pool(*half.args, **half.clone().kwargs, impl=impl)
+        wide = ops.conv_bn_act_pool(*half.to(torch.float32).args, **half.to(torch.float32).kwargs, impl=impl)
         assert out.dtype == dtype
         assert torch.equal(out, wide.to(dtype))
 
 
-def test_autocast_casts_x():
+@compiled
+def test_autocast_casts_x(impl):
     call = make().to(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = ops.conv_bn_act_pool(*call.args, **call.kwargs, impl="native")
+        out = ops.conv_bn_act_pool(*call.args, **call.kwargs, impl=impl)
     assert out.dtype == torch.bfloat16
 
 
