@@ -23,6 +23,7 @@ __all__ = [
     "available",
     "confine",
     "extra_bytes",
+    "own_memory",
     "peak_apart",
     "peak_bytes",
     "peak_resident",
@@ -32,6 +33,11 @@ __all__ = [
 def peak_resident() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return _status("VmHWM")
+
+
+def own_memory() -> int:
+    """What this process holds of its own, whether used or not, in bytes: that which `confine` limits."""
+    return _status("VmData")
 
 
 def _status(name: str, file: str = "/proc/self/status") -> int:

@@ -32,14 +32,14 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.inputs import clouds
-from benchmarks.memory import available, confine, peak_resident
+from benchmarks.memory import available, confine, own_memory, peak_resident
 from benchmarks.plain import PlainCrossPoint, PlainDGCNN, plain_state
 from crosspoint.models import DGCNN, CrossPoint, ResNet
 
 MODELS = ("dgcnn", "crosspoint")
 VARIANTS = ("fused", "plain")
 _SPARE = 0.9  # of what is free may be taken
-_TRIALS = 6  # of the search for the largest batch
+_TRIALS = 5  # of the search for the largest batch
 
 
 class DoesNotFit(Exception):
@@ -89,7 +89,7 @@ def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -
     # Libraries get loaded and the thread pool started before memory is counted.
     loss_of(model, make_inputs(args.model, 2, max(args.k, 64), 64)).backward()
     model.load_state_dict(make_model(args.model, variant, args.k, args.depth).state_dict())
-    base = peak_resident()
+    base, held = peak_resident(), own_memory()
     try:
         inputs = make_inputs(args.model, args.batch, args.points, args.image_size)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -100,7 +100,8 @@ def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -
             loss.backward()
             optimizer.step()
             seconds = time.perf_counter() - started
-            pipe.send({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak_resident() - base})
+            peak = peak_resident() - base
+            pipe.send({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak, "held_bytes": held})
     except (RuntimeError, MemoryError) as error:
         if not _is_about_memory(error):
             raise
@@ -226,13 +227,14 @@ def summarise(args: argparse.Namespace, steps: dict[str, list[dict]], failed: di
 def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
     """The largest batch whose step a process of `most` bytes gets through, by trial: `batch` ran, `too_large` did not.
 
-    Memory grows by the same amount with every cloud, so the first trial after two small ones is near.
+    Memory grows by the same amount with every cloud, so the first trial after two small ones is near; from there on by
+    steps of a sixteenth, doubled while they do not meet the limit, until the two are a sixteenth apart.
     """
 
-    def peak(batch: int) -> int | None:
+    def trial(batch: int) -> dict | None:
         worker = Worker(variant, argparse.Namespace(**{**vars(args), "batch": batch}), most)
         try:
-            return worker.step()["peak_bytes"]
+            return worker.step()
         except DoesNotFit:
             return None
         except Died:  # threads of libraries that cannot report a failed allocation end their process
@@ -242,31 +244,26 @@ def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
         finally:
             worker.stop()
 
-    peaks = {2: peak(2), 4: peak(4)}
-    if peaks[2] is None:
+    if (two := trial(2)) is None:
         return {"batch": None, "too_large": 2}
-    if peaks[4] is None:
+    if (four := trial(4)) is None:
         return {"batch": 2, "too_large": 4}
-    each = max(1, (peaks[4] - peaks[2]) // 2)
+    each = max(1, (four["peak_bytes"] - two["peak_bytes"]) // 2)
     fits, too_large = 4, None
-    guess = max(5, 4 + int((most - peaks[4] - _held_at_start(args)) / each))
+    guess = max(5, 4 + int((most - four["held_bytes"] - four["peak_bytes"]) / each))
+    step = max(1, guess // 16)
     for _ in range(_TRIALS):
-        if peak(guess) is None:
+        if trial(guess) is None:
             too_large = guess
         else:
             fits = guess
-        if too_large is not None and too_large - fits <= max(1, fits // 32):
+        if too_large is None:
+            guess, step = fits + step, 2 * step
+        elif too_large - fits <= max(1, fits // 16):
             break
-        step = max(1, guess // 16)
-        guess = fits + step if too_large is None else max(fits + 1, too_large - step)
-        if too_large is not None and guess >= too_large:
-            guess = (fits + too_large) // 2
+        else:
+            guess = max((fits + too_large) // 2, too_large - step)
     return {"batch": fits, "too_large": too_large}
-
-
-def _held_at_start(args: argparse.Namespace) -> int:
-    """What a process holds before its step: weights, gradients, and what libraries take."""
-    return 3 << 27 if args.model == "dgcnn" else 5 << 27
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -292,14 +289,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     result = measure(args)
+    save(args.out, result)
     if args.largest_batch:
         most = int(min(args.largest_batch * 2**30, _SPARE * available()))
         found = {variant: largest_batch(args, variant, most) for variant in args.variants}
         result["largest_batch"] = {"limit_mib": most >> 20, **found}
+        save(args.out, result)
     print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save(path: Path | None, result: dict) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
