@@ -53,7 +53,7 @@ def bench(config: BenchConfig, *, checkout: Path = Path(__file__).parents[1]) ->
 def _command(config: BenchConfig) -> Sequence[str]:
     out = config.out.resolve()
     if config.compare is not None:
-        return ["benchmarks.compare", config.compare, "--out", str(out / "compare.json")]
+        return ["benchmarks.compare", config.compare, "--out", str(out / "compare" / "compare.json")]
     if config.results:
         folders = [str(folder.resolve()) for folder in config.results]
         return ["benchmarks.report", *folders, "--out", str(out / "report.md")]
