@@ -11,7 +11,7 @@ VALUES := matches_reference and (float32 or float64) or repeatable
 INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles \
   or strides or asked_for or zero_gradient or not_finite or padding or far_offsets
 
-.PHONY: help install build demo test variants interpret sanitize wheel oldest-torch docs cpp cpp-sanitize arm64 lint clean
+.PHONY: help install build demo test measured variants interpret sanitize wheel oldest-torch docs cpp cpp-sanitize arm64 lint clean
 
 help:
 	@echo "make demo   install, build, then generate shapes, pre-train, evaluate and report under $(OUT)"
@@ -19,6 +19,9 @@ help:
 	@echo "make variants, make interpret, make sanitize, make wheel, make oldest-torch"
 	@echo "            run the operators' battery on AVX2 and baseline, on a sanitized build, on the built wheel, under"
 	@echo "            the oldest torch supported (a download of 530 MB)"
+	@echo "make measured MACHINE=name"
+	@echo "            measure this machine, which should do nothing else, in under 15 minutes: benchmarks/results/name, and"
+	@echo "            docs/performance/measured.md of all results"
 	@echo "make docs   build the documentation site into build/site"
 	@echo "make cpp, make cpp-sanitize, make arm64"
 	@echo "            build the C++ library and run its tests: on every instruction set, under the sanitizers, on arm64 in qemu"
@@ -67,6 +70,11 @@ wheel: install
 # The library built here, loaded under the oldest torch; and the CUDA route, built against that torch.
 oldest-torch: build
 	scripts/check_oldest_torch.sh $(PYTHON)
+
+measured: build
+	@test -n "$(MACHINE)" || { echo "make measured MACHINE=name: which machine is this?"; exit 1; }
+	status=0; $(BIN)/python -m benchmarks.suite --no-report --out benchmarks/results/$(MACHINE) || status=$$?; \
+	$(BIN)/python -m benchmarks.report benchmarks/results/* --out docs/performance/measured.md && exit $$status
 
 # Warnings (broken links, names that resolve to nothing) are errors.
 docs: install

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.measured import Measured, best_peer, flops_limit
 from benchmarks.peers import PEERS
@@ -196,7 +196,9 @@ def _ratios(machine: Measured) -> Figure | None:
                     )  # fmt: skip
     axes.axvline(1, color=_BLACK, linewidth=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(rows)), [row["case"].replace(", forward + backward", "") for row in rows])
     axes.tick_params(axis="y", labelsize=7, length=0)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -1,7 +1,7 @@
 """The whole suite on this machine: result files, a page of them and plots, in a limited time.
 
     python -m benchmarks.suite --out runs/bench                       under 15 minutes
-    python -m benchmarks.suite --out benchmarks/results/MY_MACHINE    to commit; then benchmarks.report for the page
+    make measured MACHINE=name                                         to commit: benchmarks/results/name, and the page
     python -m benchmarks.suite --quick                                 a look: DGCNN's layers against plain PyTorch
 
 Parts run one after the other, each in processes of its own, the most telling first. One that takes longer than its
@@ -129,17 +129,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=14.0, help="for all parts together")
     parser.add_argument("--data", metavar="FOLDER", help="of meshes and scans, for benchmarks.run")
+    parser.add_argument("--no-report", action="store_true", help="result files alone")
     args = parser.parse_args(arguments)
     troubles = run(parts(quick=args.quick, data=args.data), args.out, 60 * args.minutes)
     for trouble in troubles:
         print(trouble, file=sys.stderr)
+    failed = int(any("failed" in trouble for trouble in troubles))
+    if args.no_report:
+        return failed
     try:
         report.write([args.out], args.out / "report.md")
     except (ValueError, ImportError) as error:
         print(f"benchmarks.suite: no page: {error}", file=sys.stderr)
         return 1
     print(args.out / "report.md")
-    return int(any("failed" in trouble for trouble in troubles))
+    return failed
 
 
 if __name__ == "__main__":
