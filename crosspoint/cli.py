@@ -111,6 +111,14 @@ _COMMANDS = {
         ("run",),
         "crosspoint evaluate semantic-segmentation --data s3dis/ --out runs/s3dis",
     ),
+    "sweep": _Command(
+        "pre-train and evaluate a list of configurations over seeds, into one table",
+        "crosspoint.evaluate.sweep",
+        "SweepConfig",
+        "sweep",
+        ("list", "data", "out"),
+        "crosspoint sweep configs/sweeps/objectives.yaml data/ runs/objectives --labelled modelnet40/",
+    ),
     "embed": _Command(
         "write the features of cloud files to .npz or .safetensors",
         "crosspoint.evaluate.embed_files",

@@ -26,20 +26,22 @@ _SHOWN = 5  # names in an error or a warning
 
 
 class PairDataset(Dataset):
-    """Clouds, each with one of its views; which view, `set_epoch` and the seed decide.
+    """Clouds, each with one or several of its views; which views, `set_epoch` and the seed decide.
 
     root: folder that holds ShapeNet/<class>/<id>.ply and ShapeNetRendering/<class>/<id>/rendering/*.png|jpg.
     points: points per cloud. A cloud that has more gives its first ones; one that has fewer is an error.
     image_size: views are composited onto white and resized to (image_size, image_size), whatever their
         aspect.
-    seed: with the epoch and the index, decides the view.
+    seed: with the epoch and the index, decides the views.
+    views: so many different views a shape at a time. Shapes that have fewer are an error.
     on_error: "raise" names the shapes without a view and the first unusable cloud when the data set is made,
         and a broken image when it is drawn; "skip" reads all images once (about a millisecond each), leaves
         out what is broken and warns; `skipped` then lists (path, reason).
 
     All clouds are read when the data set is made (12 bytes per point; forked loader processes share them).
 
-    Item: {"points": float32 (points, 3), "image": uint8 (3, image_size, image_size), "index": int}.
+    Item: {"points": float32 (points, 3), "image": uint8 (3, image_size, image_size), "index": int}; with several views,
+    "image" is (views, 3, image_size, image_size).
     `names` lists "<class>/<id>", sorted; `classes` the classes, sorted.
     """
 
@@ -50,9 +52,10 @@ class PairDataset(Dataset):
         points: int = 2048,
         image_size: int = 224,
         seed: int = 0,
+        views: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
-        for name, value in (("points", points), ("image_size", image_size)):
+        for name, value in (("points", points), ("image_size", image_size), ("views", views)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if on_error not in ("raise", "skip"):
@@ -65,7 +68,7 @@ class PairDataset(Dataset):
         self.skipped: list[tuple[Path, str]] = []
         skip = self._note if on_error == "skip" else None
 
-        clouds, views = [], []
+        clouds, files_of = [], []
         for path in _cloud_paths(self.root):
             name = f"{path.parent.name}/{path.stem}"
             folder = self.root / "ShapeNetRendering" / name / "rendering"
@@ -83,18 +86,23 @@ class PairDataset(Dataset):
                 skip(path, str(error))
                 continue
             clouds.append((name, cloud))
-            views.append(files)
+            files_of.append(files)
         if skip is not None:
-            views = self._readable([name for name, _ in clouds], views, skip)
-            clouds = [cloud for cloud, files in zip(clouds, views, strict=True) if files]
-            views = [files for files in views if files]
+            files_of = self._readable([name for name, _ in clouds], files_of, skip)
+            clouds = [cloud for cloud, files in zip(clouds, files_of, strict=True) if files]
+            files_of = [files for files in files_of if files]
             self._warn()
         if not clouds:
             raise ValueError(f"no usable shape under {self.root}: {_summary(self.skipped)}; {_LAYOUT}")
         self.names = [name for name, _ in clouds]
         self.classes = sorted({name.split("/")[0] for name in self.names})
         self._clouds = np.stack([cloud for _, cloud in clouds])
-        self._views = views
+        self._views, self._drawn = files_of, views
+        few = [name for name, files in zip(self.names, files_of, strict=True) if len(files) < views]
+        if few:
+            raise ValueError(
+                f"{len(few)} shapes under {self.root} have fewer than {views} views: {_listed(few)}; ask for fewer"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose views are drawn from now on, before the loader is iterated over.
@@ -123,11 +131,16 @@ class PairDataset(Dataset):
         index %= len(self)
         epoch = int(self._epoch) if self._worker_epoch is None else self._worker_epoch
         files = self._views[index]
-        view = np.random.default_rng((self.seed, epoch, index)).integers(len(files))
-        image = self._read_image(self._view_path(self.names[index], files[view]))
+        generator = np.random.default_rng((self.seed, epoch, index))
+        if self._drawn == 1:
+            drawn = [generator.integers(len(files))]
+        else:
+            drawn = generator.permutation(len(files))[: self._drawn]
+        images = np.stack([self._read_image(self._view_path(self.names[index], files[i])) for i in drawn])
+        image = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return {
             "points": torch.from_numpy(self._clouds[index].copy()),
-            "image": torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+            "image": image[0] if self._drawn == 1 else image,
             "index": index,
         }
 

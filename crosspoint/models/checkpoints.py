@@ -84,7 +84,8 @@ def load_model(
     path = _file(path)
     tensors, header = _read(path)
     if model is None:
-        model = build(_config(path, header), impl=impl)
+        # What the image encoder started from is not downloaded once more.
+        model = build(dataclasses.replace(_config(path, header), image_weights="random"), impl=impl)
     _check_fit(path, tensors, model.state_dict())
     model.load_state_dict(tensors, strict=True)
     return model.to(device)
@@ -106,7 +107,10 @@ def load_encoder(
     path = _file(path)
     tensors, header = _read(path)
     if "encoder" not in header:
-        return load_model(path, device=device, impl=impl).point_encoder
+        prefix = "point_encoder."
+        tensors = {
+            name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+        }
     encoder = _encoder_config(path, header).create(impl=impl)
     _check_fit(path, tensors, encoder.state_dict())
     encoder.load_state_dict(tensors, strict=True)

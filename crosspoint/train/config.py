@@ -24,8 +24,8 @@ Config = TypeVar("Config")
 class PretrainConfig:
     """Pre-train an encoder with CrossPoint on pairs of point clouds and rendered images.
 
-    Writes a run folder: config.yaml, weights.safetensors, state.pt, log.jsonl and tensorboard/. The
-    defaults are the authors' recipe.
+    Writes a run folder: config.yaml, weights.safetensors, state.pt, log.jsonl, tensorboard/ and README.md (a
+    model card). The defaults are the authors' recipe.
     """
 
     data: str = "generated"
@@ -46,6 +46,10 @@ class PretrainConfig:
     """Points per cloud."""
     image_size: int = 224
     """Height and width of the images, in pixels."""
+    views: int = 1
+    """Rendered views of each shape in a step, drawn anew every epoch; their projections are averaged."""
+    crop: float | None = None
+    """Least share of the area in random crops of the images (the paper has them; 0.2, say). None: whole images."""
     lr: float = 1e-3
     """Learning rate of Adam in the first epoch."""
     weight_decay: float = 1e-6
@@ -75,6 +79,7 @@ class PretrainConfig:
             ("lr", self.lr > 0, "be positive"),
             ("weight_decay", self.weight_decay >= 0, "not be negative"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
+            ("crop", self.crop is None or 0 < self.crop <= 1, "be a share of the area in (0, 1], or none"),
         ):
             if not allowed:
                 raise ValueError(f"{name} must {rule}, got {getattr(self, name)!r}")
@@ -87,6 +92,7 @@ _LEAST = {
     "batch_size": 2,
     "points": 1,
     "image_size": 1,
+    "views": 1,
     "workers": 0,
     "checkpoint_every": 0,
     "log_every": 1,

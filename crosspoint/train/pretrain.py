@@ -26,6 +26,7 @@ from crosspoint._device import resolve_device
 from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
+from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
 from crosspoint.train.log import RunLog
@@ -42,7 +43,7 @@ _INIT, _SHUFFLE, _STEP, _AUGMENT = range(4)
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run (or, with `config.resume`, continue) the pre-training that `config` describes; returns a summary.
 
-    The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt and weights.safetensors.
+    The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt, weights.safetensors and README.md, a model card.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is off.
@@ -83,7 +84,7 @@ class _Run:
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.cloud_augmentation = CloudAugmentation(up=config.up)
-        self.image_augmentation = ImageAugmentation(size=config.image_size)
+        self.image_augmentation = ImageAugmentation(size=config.image_size, crop=config.crop)
         self.step, self.metrics, self.seconds = 0, {}, 0.0
         if state is not None:
             self._restore(state)
@@ -150,10 +151,11 @@ class _Run:
         # On the CPU, so that every device sees the same views.
         generator = torch.Generator().manual_seed(derive_seed(config.seed, _AUGMENT, step))
         points = batch["points"].to(device, non_blocking=True)  # (B, N, 3)
-        images = batch["image"].to(device, non_blocking=True)  # (B, 3, H, W), uint8
+        images = batch["image"].to(device, non_blocking=True)  # (B, [V,] 3, H, W), uint8
         view1 = self.cloud_augmentation(points, generator)
         view2 = self.cloud_augmentation(points, generator)
-        images = self.image_augmentation(images, generator)
+        rows = images.shape[:-3]
+        images = self.image_augmentation(images.flatten(0, -4), generator).unflatten(0, rows)
 
         lr = learning_rate(config, epoch)
         for group in self.optimizer.param_groups:
@@ -196,6 +198,19 @@ class _Run:
             seconds=self.seconds,
         )
         save_state(self.out / "state.pt", state)
+        self._write_card()
+
+    def _write_card(self) -> None:
+        write_card(
+            self.out,
+            _without_resume(self.config),
+            shapes=self.dataset.names,
+            device=self.device,
+            step=self.step,
+            total=self.total,
+            metrics=self.metrics,
+            seconds=self.seconds,
+        )
 
     def _restore(self, state: TrainState) -> None:
         if state.shapes != self.shapes:
@@ -278,7 +293,13 @@ def _dataset(config: PretrainConfig, out: Path) -> PairDataset:
                 workers=config.workers,
             )
         )
-    dataset = PairDataset(root, points=config.points, image_size=config.image_size, seed=config.seed)
+    dataset = PairDataset(
+        root,
+        points=config.points,
+        image_size=config.image_size,
+        seed=config.seed,
+        views=config.views,
+    )
     if len(dataset) < config.batch_size:
         raise ValueError(
             f"{root} holds {len(dataset)} shapes, fewer than one batch of {config.batch_size}: "

@@ -85,6 +85,31 @@ def test_the_view_depends_on_seed_epoch_and_index_alone(root):
     assert any(len(set(row)) > 1 for row in drawn)
 
 
+def test_several_views_are_different_ones_of_the_shape(root):
+    data = dataset(root, views=2)
+    drawn = set()
+    for epoch in range(8):
+        data.set_epoch(epoch)
+        for index in range(len(data)):
+            image = data[index]["image"]
+            assert image.shape == (2, 3, 8, 8)
+            first, second = (int(view[0, 0, 0]) for view in image)
+            assert (
+                first != second
+                and first // 10 == second // 10 == int(dataset(root)[index]["image"][0, 0, 0]) // 10
+            )
+            drawn.add((index, first % 10, second % 10))
+    assert len(drawn) > 12  # of 4 x 6: pairs change from epoch to epoch
+    data.set_epoch(3)
+    again = dataset(root, views=2)
+    again.set_epoch(3)
+    assert torch.equal(data[2]["image"], again[2]["image"])
+    with pytest.raises(
+        ValueError, match=r"4 shapes under .* have fewer than 4 views: chair/a, .*; ask for fewer"
+    ):
+        dataset(root, views=4)
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_loader_processes_change_nothing(root, context):
     expected = views(dataset(root), 3)

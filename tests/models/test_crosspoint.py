@@ -84,6 +84,48 @@ def test_prototype_is_not_detached():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize(("intra", "cross"), [(1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
+def test_losses_are_weighted_and_left_out(intra, cross):
+    model, (view1, view2, images) = _model(intra_weight=intra, cross_weight=cross), _batch()
+    out, both = model(view1, view2, images), _model()(view1, view2, images)
+    expected = intra * both.intra_modal + cross * both.cross_modal
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+    assert (out.intra_modal == 0) == (intra == 0) and (out.cross_modal == 0) == (cross == 0)
+    assert (out.image is None) == (cross == 0)
+    out.loss.backward()
+    assert all((p.grad is None) == (cross == 0) for p in model.image_encoder.parameters())
+    assert all(p.grad is not None for p in model.point_encoder.parameters())
+
+
+def test_several_images_are_averaged_after_the_projection():
+    model, (view1, view2, _) = _model(), _batch()
+    images = torch.randn(B, 3, 3, 8, 8, dtype=torch.float64)
+    out = model(view1, view2, images)
+    twin = _model()
+    projected = twin.project_images(images.reshape(B * 3, 3, 8, 8))
+    torch.testing.assert_close(out.image, projected.reshape(B, 3, -1).mean(1))
+    torch.testing.assert_close(out.cross_modal, twin.criterion((out.view1 + out.view2) / 2, out.image))
+
+
+@pytest.mark.parametrize("image_encoder", [ResNet(18), Tiny(feature_dim=5)])
+def test_a_frozen_image_encoder_stays_and_its_projection_learns(image_encoder):
+    model = CrossPoint(DGCNN(5), image_encoder, freeze_image_encoder=True).train()
+    buffers = {
+        name: buffer.clone()
+        for name, buffer in image_encoder.named_buffers()
+        if not name.startswith("projection")
+    }
+    model(*torch.randn(2, B, N, 3), torch.randn(B, 3, 32, 32)).loss.backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith("image_encoder.") and "projection" not in name
+        assert (parameter.grad is None) == frozen, name
+    state = dict(image_encoder.named_buffers())
+    assert all(torch.equal(value, state[name]) for name, value in buffers.items())
+    assert not image_encoder.training and model.point_encoder.training
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
 def test_lengths():
     model = _model()
     view1, view2, images = _batch()
@@ -148,12 +190,16 @@ def test_config_survives_json():
             r"point_encoder must be one of \['dgcnn', 'dgcnn_part', 'dgcnn_semantic', 'pointnet'\], got 'pointnet9'",
         ),
         ({"image_encoder": "vgg"}, "image_encoder must be one of"),
+        ({"image_encoder": "keras:vgg"}, "image_encoder must be one of"),
+        ({"image_weights": "imagenet"}, r"image_weights must be one of \['pretrained', 'random'\]"),
+        ({"intra_weight": -1.0}, "intra_weight and cross_weight must be numbers from 0 on"),
+        ({"intra_weight": 0.0, "cross_weight": 0.0}, "not both 0; got 0.0 and 0.0"),
         ({"k": 0}, "k must be a positive integer, got 0"),
         ({"k": 2.5}, "k must be a positive integer, got 2.5"),
         ({"projection_dim": True}, "projection_dim must be a positive integer"),
         ({"temperature": 0.0}, "temperature must be a positive number, got 0.0"),
         ({"temperature": "warm"}, "temperature must be a positive number, got 'warm'"),
-        ({"neighbours": 3}, r"unknown CrossPointConfig keys \['neighbours'\]; known: \['image_encoder'"),
+        ({"neighbours": 3}, r"unknown CrossPointConfig keys \['neighbours'\]; known: \['cross_weight'"),
     ],
 )
 def test_bad_config(values, text):

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -13,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+import crosspoint
 import tiny_run
 from crosspoint import models
 from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import pretrain
+from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.config import load_config
 from crosspoint.train.log import read_log
@@ -64,7 +67,7 @@ def assert_same_weights(one, other):
 def test_run_folder(data, finished):
     out, summary = finished
     assert {p.name for p in out.iterdir()} == {
-        "config.yaml", "log.jsonl", "state.pt", "tensorboard", "weights.safetensors",
+        "README.md", "config.yaml", "log.jsonl", "state.pt", "tensorboard", "weights.safetensors",
     }  # fmt: skip
     assert load_config(type(tiny_config(data, out)), out / "config.yaml") == tiny_config(data, out)
     records = read_log(out / "log.jsonl")
@@ -78,6 +81,35 @@ def test_run_folder(data, finished):
     assert summary["loss"] == records[-1]["loss"]
     assert summary["shapes_per_second"] > 0
     json.dumps(summary)
+
+
+def test_model_card_tells_what_made_the_weights(finished):
+    out, summary = finished
+    card = (out / "README.md").read_text()
+    for text in (
+        "finished",
+        f"{SHAPES} shapes in 2 folders",
+        "48 points each",
+        f"| loss | {summary['loss']:.6g} |",
+        "| model.k | 4 |",
+        "| seed | 0 |",
+        f"| crosspoint | {crosspoint.__version__}",
+        f"| torch | {torch.__version__} |",
+        "| device | cpu |",
+    ):
+        assert text in card, text
+    program = re.search(r"```python\n(.*?)```", card, re.S)[1]
+    space = {}
+    exec(program, space)
+    assert space["encoder"](torch.randn(1, 20, 3)).shape == (1, 2048) and "features (B, 2048)" in program
+
+
+def test_card_of_an_unfinished_run_says_so(finished, tmp_path):
+    write_card(
+        tmp_path, tiny_config("d", tmp_path), shapes=["a/b"], device=torch.device("cpu"), step=2, total=6,
+        metrics={"loss": 1.25}, seconds=3.0,
+    )  # fmt: skip
+    assert "stopped or still running: 2 of 6 steps" in (tmp_path / "README.md").read_text()
 
 
 def test_weights_file_holds_the_final_weights(finished):
@@ -151,6 +183,36 @@ def test_every_epoch_draws_full_batches_of_distinct_shapes(data, tmp_path, monke
     for index, view in zip(seen, views, strict=True):
         drawn.setdefault(index, set()).add(view)
     assert max(map(len, drawn.values())) == 2, "one shape shows one view in all epochs"
+
+
+def test_ablations_train(data, tmp_path, monkeypatch):
+    shapes, crops = [], []
+
+    class Spy(pretrain_module.ImageAugmentation):
+        def __call__(self, images, generator):
+            crops.append(self.crop)
+            return super().__call__(images, generator)
+
+    def build(config):
+        model = tiny_run.build_tiny(config)
+        model.image_encoder.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+        return model
+
+    monkeypatch.setattr(pretrain_module, "ImageAugmentation", Spy)
+    monkeypatch.setattr(models, "build", build)
+    config = tiny_config(data, tmp_path / "views", epochs=1, views=2, crop=0.3)
+    pretrain(config)
+    assert set(shapes) == {(2 * BATCH, 3, 16, 16)} and set(crops) == {0.3}
+    assert load_config(type(config), tmp_path / "views/config.yaml") == config
+    monkeypatch.setattr(
+        models,
+        "build",
+        lambda config: models.CrossPoint(
+            models.DGCNN(config.k, projection_dim=16), tiny_run.TinyImageEncoder(), cross_weight=0.0
+        ),
+    )
+    summary = pretrain(tiny_config(data, tmp_path / "intra", epochs=1))
+    assert summary["cross_modal"] == 0 and summary["loss"] == summary["intra_modal"] > 0
 
 
 def test_every_step_draws_its_own_two_views(data, tmp_path, monkeypatch):
@@ -316,6 +378,8 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"up": "x"}, "up must be 'y' or 'z'"),
+        ({"crop": 0.0}, "crop must be a share of the area"),
+        ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),
         ({"data": "generated", "up": "z"}, "built-in shapes have y up"),
     ],
