@@ -24,9 +24,17 @@ float64):
     forward:  4 N' D' s + 64 N', of which 2 N s stay for the backward
     backward: 6 N' D' s + 64 N', the gradients included
 
-Half types add their widened copies, 4 N D s. With `group`, N is that of all ranks; the gathered embeddings (2 N D
-in the input's dtype) stay for the backward, and up to three copies of them exist while they are gathered. Up to 64
-MB of the workspace is kept between calls.
+Half types add their widened copies, 4 N D s. Up to 64 MB of the workspace is kept between calls. On a GPU, with D'
+the next power of two from 16 on (above 256, the next multiple of 128), s = 2 for half types, and c = 4 (8):
+
+    forward:  2 N D' s + 256 N, of which 2 N c stay for the backward
+    backward: 2 N D' s + D' c max(2 N, 64 processors) + 256 N, and the gradients
+
+With `group`, N is that of all ranks, but this rank's beside `processors`; the gathered embeddings (2 N D in the
+input's dtype) stay for the backward, and up to three copies of them exist while they are gathered.
+
+A GPU multiplies half types as they are given, and float32 as `torch.get_float32_matmul_precision()` says: "highest"
+keeps its digits (three products of tf32), "high" is tf32, "medium" bfloat16. All sums are float32 (float64).
 
 Several processes (`group`): negatives come from all ranks, which may hold different numbers of samples. The
 embeddings are gathered once, then the row losses; with both at hand each rank forms the complete gradient of its
@@ -51,7 +59,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops import _dispatch, _gpu, _library, reference
 from crosspoint.ops._checks import check_embeddings, check_temperature, compute_dtype
 from crosspoint.ops._ranks import Ranks, check_group, differentiable_once, find_ranks
 
@@ -81,7 +89,7 @@ def nt_xent(
             N (0 too) of one D and dtype, and the same on every rank. Ranks must call in the same order.
         grad_reduction: with a group, what is done with the gradients of the ranks afterwards: "mean", as DDP and
             FSDP do, or "sum". See the module's docstring.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         A float32 scalar (float64 for float64 input); 0 for N = 0 and N = 1, where nothing is contrasted.
@@ -98,8 +106,8 @@ def nt_xent(
         with torch.autocast(z1.device.type, enabled=False):
             return reference.nt_xent(*_around(z1, z2, temperature, ranks))
     if ranks is not None:
-        return _RankContrast.apply(z1, z2, temperature, True, True, ranks)
-    return _Contrast.apply(z1, z2, temperature, True, True)[0]
+        return _RankContrast.apply(z1, z2, temperature, True, True, ranks, backend)
+    return _Contrast.apply(z1, z2, temperature, True, True, backend)[0]
 
 
 def info_nce(
@@ -132,8 +140,8 @@ def info_nce(
         with torch.autocast(z1.device.type, enabled=False):
             return reference.info_nce(*_around(z1, z2, temperature, ranks), symmetric=symmetric)
     if ranks is not None:
-        return _RankContrast.apply(z1, z2, temperature, False, bool(symmetric), ranks)
-    return _Contrast.apply(z1, z2, temperature, False, bool(symmetric))[0]
+        return _RankContrast.apply(z1, z2, temperature, False, bool(symmetric), ranks, backend)
+    return _Contrast.apply(z1, z2, temperature, False, bool(symmetric), backend)[0]
 
 
 def _check(op: str, z1: Tensor, z2: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,18 +196,22 @@ _library.define(
     " -> (Tensor dz1, Tensor dz2, Tensor dtemperature)",
     _backward_fake,
 )
+for _name in ("nt_xent", "nt_xent_backward"):
+    _library.define_like(_name, "triton")
+_gpu.implement("nt_xent", "nt_xent", "nt_xent_backward")
 
 
 class _Contrast(torch.autograd.Function):
     """Both losses: NT-Xent has negatives within the views, InfoNCE only across."""
 
     @staticmethod
-    def forward(z1, z2, temperature, within_views, symmetric):
-        return torch.ops.crosspoint.nt_xent(z1, z2, temperature, within_views, symmetric, 0, z1.shape[0])
+    def forward(z1, z2, temperature, within_views, symmetric, backend):
+        operator = _dispatch.operator("nt_xent", backend)
+        return operator(z1, z2, temperature, within_views, symmetric, 0, z1.shape[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z1, z2, temperature, ctx.within_views, ctx.symmetric = inputs
+        z1, z2, temperature, ctx.within_views, ctx.symmetric, ctx.backend = inputs
         _, row_losses = output
         ctx.mark_non_differentiable(row_losses)
         ctx.save_for_backward(z1, z2, temperature, row_losses)
@@ -207,21 +219,21 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         rows = ctx.saved_tensors[0].shape[0]
-        grads = _ContrastBackward.apply(grad, *ctx.saved_tensors, ctx.within_views, ctx.symmetric, 0, rows)
-        return *grads, None, None
+        settings = ctx.within_views, ctx.symmetric, 0, rows, ctx.backend
+        return *_ContrastBackward.apply(grad, *ctx.saved_tensors, *settings), None, None, None
 
 
 class _RankContrast(torch.autograd.Function):
     """This rank's rows against those of all ranks: two gathers forward, a temperature's derivative backward."""
 
     @staticmethod
-    def forward(ctx, z1, z2, temperature, within_views, symmetric, ranks):
+    def forward(ctx, z1, z2, temperature, within_views, symmetric, ranks, backend):
         columns = ranks.gather(torch.stack([z1, z2], dim=1))  # (sum of N, 2, D)
         columns = columns[:, 0].contiguous(), columns[:, 1].contiguous()
         ctx.settings = within_views, symmetric, ranks.first, ranks.rows
-        _, own_losses = torch.ops.crosspoint.nt_xent(*columns, temperature, *ctx.settings)
+        _, own_losses = _dispatch.operator("nt_xent", backend)(*columns, temperature, *ctx.settings)
         row_losses = ranks.gather(own_losses.t()).t().contiguous()  # (2, sum of N)
-        ctx.ranks = ranks
+        ctx.ranks, ctx.backend = ranks, backend
         ctx.save_for_backward(z1, z2, *columns, temperature, row_losses)
         averaged = max(1, ranks.total * (2 if symmetric else 1))
         return (row_losses.sum(dtype=torch.float64) / averaged).to(row_losses.dtype)
@@ -230,17 +242,17 @@ class _RankContrast(torch.autograd.Function):
     def backward(ctx, grad):
         z1, z2, *saved = ctx.saved_tensors
         with torch.no_grad():
-            *grads, share = torch.ops.crosspoint.nt_xent_backward(
-                grad * ctx.ranks.scale, *saved, *ctx.settings
-            )
+            operator = _dispatch.operator("nt_xent_backward", ctx.backend)
+            *grads, share = operator(grad * ctx.ranks.scale, *saved, *ctx.settings)
             grads.append(ctx.ranks.share(share) if ctx.needs_input_grad[2] else share)
-        return *differentiable_once("nt_xent and info_nce", grads, grad, z1, z2, saved[2]), None, None, None
+        grads = differentiable_once("nt_xent and info_nce", grads, grad, z1, z2, saved[2])
+        return *grads, None, None, None, None
 
 
 class _ContrastBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows):
-        return torch.ops.crosspoint.nt_xent_backward(
+    def forward(grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows, backend):
+        return _dispatch.operator("nt_xent_backward", backend)(
             grad, z1, z2, temperature, row_losses, within_views, symmetric, first_row, rows
         )
 

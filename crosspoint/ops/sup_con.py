@@ -28,8 +28,13 @@ float64):
     forward:  2 N' D' s + 128 N', of which 2 N s + 8 N stay for the backward
     backward: 3 N' D' s + 128 N', the gradient included
 
-Half types add their widened copy, 2 N D s. Results are bitwise equal over runs and numbers of threads; no
-temperature overflows.
+Half types add their widened copy, 2 N D s. On a GPU, with D' and products as for `nt_xent`, s = 2 for half types, and
+c = 4 (8):
+
+    forward:  N D' s + 256 N, of which 2 N c + 8 N stay for the backward
+    backward: N D' s + D' c max(N, 64 processors) + 256 N, and the gradient
+
+Results are bitwise equal over runs and numbers of threads; no temperature overflows.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops import _dispatch, _gpu, _library, reference
 from crosspoint.ops._checks import check_embeddings, check_temperature, compute_dtype
 from crosspoint.ops._ranks import check_group, differentiable_once, find_ranks
 
@@ -67,7 +72,7 @@ def sup_con(
         labels: (N,) integers, any values.
         temperature: a positive float, or a tensor with one element, which may require a gradient.
         group, grad_reduction: as for `nt_xent`: positives and negatives come from all ranks of the process group.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         A float32 scalar (float64 for float64 input): the mean over the rows that have a positive; 0 if none has.
@@ -91,8 +96,8 @@ def sup_con(
                 z, temperature = ranks.gather_around(z), ranks.temperature(temperature)
             return reference.sup_con(z, labels, temperature)
     if ranks is not None:
-        return _RankSupCon.apply(z, labels, temperature, ranks)
-    return _SupCon.apply(z, labels, temperature)[0]
+        return _RankSupCon.apply(z, labels, temperature, ranks, backend)
+    return _SupCon.apply(z, labels, temperature, backend)[0]
 
 
 def _check(z: Tensor, labels: Tensor, temperature: float | Tensor) -> Tensor:
@@ -137,38 +142,42 @@ _library.define(
     " Tensor row_lse, SymInt first_row, SymInt rows) -> (Tensor dz, Tensor dtemperature)",
     _backward_fake,
 )
+for _name in ("sup_con", "sup_con_backward"):
+    _library.define_like(_name, "triton")
+_gpu.implement("sup_con", "sup_con", "sup_con_backward", leaves="nt_xent")
 
 
 class _SupCon(torch.autograd.Function):
     @staticmethod
-    def forward(z, labels, temperature):
-        return torch.ops.crosspoint.sup_con(z, labels, temperature, 0, z.shape[0])
+    def forward(z, labels, temperature, backend):
+        return _dispatch.operator("sup_con", backend)(z, labels, temperature, 0, z.shape[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        *tensors, ctx.backend = inputs
         _, row_losses, row_lse = output
         ctx.mark_non_differentiable(row_losses, row_lse)
-        ctx.save_for_backward(*inputs, row_losses, row_lse)
+        ctx.save_for_backward(*tensors, row_losses, row_lse)
 
     @staticmethod
     def backward(ctx, grad, *_):
         rows = ctx.saved_tensors[0].shape[0]
-        dz, dtemperature = _SupConBackward.apply(grad, *ctx.saved_tensors, 0, rows)
-        return dz, None, dtemperature
+        dz, dtemperature = _SupConBackward.apply(grad, *ctx.saved_tensors, 0, rows, ctx.backend)
+        return dz, None, dtemperature, None
 
 
 class _RankSupCon(torch.autograd.Function):
     """This rank's rows against those of all ranks; `labels` are of all."""
 
     @staticmethod
-    def forward(ctx, z, labels, temperature, ranks):
+    def forward(ctx, z, labels, temperature, ranks, backend):
         columns = ranks.gather(z)
         ctx.settings = ranks.first, ranks.rows
-        _, *scalars = torch.ops.crosspoint.sup_con(columns, labels, temperature, *ctx.settings)
+        _, *scalars = _dispatch.operator("sup_con", backend)(columns, labels, temperature, *ctx.settings)
         row_losses, row_lse = (
             ranks.gather(torch.stack(scalars, dim=1)).t().contiguous()
         )  # 8 bytes a row in float32
-        ctx.ranks = ranks
+        ctx.ranks, ctx.backend = ranks, backend
         ctx.save_for_backward(z, columns, labels, temperature, row_losses, row_lse)
         averaged = (row_lse != torch.inf).sum().clamp_min(1)
         return (row_losses.sum(dtype=torch.float64) / averaged).to(row_losses.dtype)
@@ -177,16 +186,17 @@ class _RankSupCon(torch.autograd.Function):
     def backward(ctx, grad):
         z, *saved = ctx.saved_tensors
         with torch.no_grad():
-            dz, share = torch.ops.crosspoint.sup_con_backward(grad * ctx.ranks.scale, *saved, *ctx.settings)
+            operator = _dispatch.operator("sup_con_backward", ctx.backend)
+            dz, share = operator(grad * ctx.ranks.scale, *saved, *ctx.settings)
             share = ctx.ranks.share(share) if ctx.needs_input_grad[2] else share
         dz, dtemperature = differentiable_once("sup_con", (dz, share), grad, z, saved[2])
-        return dz, None, dtemperature, None
+        return dz, None, dtemperature, None, None
 
 
 class _SupConBackward(torch.autograd.Function):
     @staticmethod
-    def forward(grad, z, labels, temperature, row_losses, row_lse, first_row, rows):
-        return torch.ops.crosspoint.sup_con_backward(
+    def forward(grad, z, labels, temperature, row_losses, row_lse, first_row, rows, backend):
+        return _dispatch.operator("sup_con_backward", backend)(
             grad, z, labels, temperature, row_losses, row_lse, first_row, rows
         )
 

@@ -21,7 +21,13 @@ from triton.compiler import ASTSource
 CACHE = Path(__file__).parents[2] / "build" / "triton"  # by content, so that a second run compiles nothing
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (80, 90, 100)
-LISTS = ("knn_variants", "gather_variants", "edge_conv_variants", "conv_bn_act_pool_variants")
+LISTS = (
+    "knn_variants",
+    "gather_variants",
+    "edge_conv_variants",
+    "conv_bn_act_pool_variants",
+    "nt_xent_variants",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Variant:
     constants: dict
     options: dict = field(default_factory=dict)
     tensor_cores: bool = False
+    architectures: tuple[int, ...] = ARCHITECTURES
+    shared: int | None = None  # bytes that it must do with, if not all shared memory that the processor has
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ def variants() -> list[Variant]:
 
 def compile_all() -> dict[tuple[str, int], Compiled]:
     """(name, architecture) -> what came out."""
-    jobs = [(i, architecture) for i in range(len(variants())) for architecture in ARCHITECTURES]
+    jobs = [
+        (i, architecture) for i, variant in enumerate(variants()) for architecture in variant.architectures
+    ]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(_compile, *zip(*jobs, strict=True)))
     return {(variants()[i].name, arch): result for (i, arch), result in zip(jobs, results, strict=True)}

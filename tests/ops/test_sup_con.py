@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crosspoint import ops
-from crosspoint.ops import reference
+from crosspoint.ops import _dispatch, reference
 from op_tester import Call, OpTester, compiled_backends, threads
 
 BACKENDS = compiled_backends("sup_con")
@@ -308,12 +308,11 @@ def test_parts_make_the_whole(backend, split, temperature, classes):
     temperature = torch.tensor(temperature, dtype=torch.float64, device=backend[1])
     ends = torch.tensor(split).cumsum(0).tolist()
     rows = [(end - count, count) for end, count in zip(ends, split, strict=True)]
-    parts = [torch.ops.crosspoint.sup_con(z, labels, temperature, *part) for part in rows]
+    forward, backward = (_dispatch.operator(name, backend[0]) for name in ("sup_con", "sup_con_backward"))
+    parts = [forward(z, labels, temperature, *part) for part in rows]
     row_losses, row_lse = (torch.cat([part[i] for part in parts]) for i in (1, 2))
     grads = [
-        torch.ops.crosspoint.sup_con_backward(
-            torch.ones_like(temperature), z, labels, temperature, row_losses, row_lse, *part
-        )
+        backward(torch.ones_like(temperature), z, labels, temperature, row_losses, row_lse, *part)
         for part in rows
     ]
     loss = row_losses.sum() / (row_lse < torch.inf).sum().clamp_min(1)

@@ -17,14 +17,16 @@ from crosspoint.ops._gpu import _cuda
 __all__ = ["implement"]
 
 
-def implement(op: str, *operators: str) -> None:
+def implement(op: str, *operators: str, leaves: str | None = None) -> None:
     """Let `_gpu/OP.py` implement `operators`, by its functions "forward" and, for the second one, "backward": on CUDA
-    tensors where the compiled library has the leaves, and as NAME_triton."""
+    tensors where the compiled library has the leaves, and as NAME_triton. `leaves`: of which operator they are, if not
+    of `op`."""
+    leaves = leaves or op
     for name, which in zip(operators, ("forward", "backward"), strict=False):
-        triton = _caller(op, which, lambda: importlib.import_module(f"crosspoint.kernels.{op}"))
+        triton = _caller(op, which, lambda: importlib.import_module(f"crosspoint.kernels.{leaves}"))
         _library.implement_triton(f"{name}_triton", triton)
-        if _cuda.has_leaves(op):
-            _library.implement(name, _caller(op, which, lambda: _cuda.Leaves(op)), "CUDA")
+        if _cuda.has_leaves(leaves):
+            _library.implement(name, _caller(op, which, lambda: _cuda.Leaves(leaves)), "CUDA")
 
 
 def _caller(op: str, which: str, leaves: Callable[[], object]) -> Callable:

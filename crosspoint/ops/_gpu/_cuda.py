@@ -25,6 +25,16 @@ LEAVES = {
         "dense_gradient(Tensor x, Tensor sums, Tensor degrees, Tensor start, Tensor edges, int k, Tensor constant, "
         "Tensor(a!) dense, Tensor(b!) grad_x) -> ()",
     ),
+    "nt_xent": (
+        "normalise(Tensor z, int product, Tensor(a!) rows, Tensor(b!) scale) -> ()",
+        "positives(Tensor left, Tensor right, Tensor? partner, Tensor(a!) cosine) -> ()",
+        "row_sums(Tensor rows, Tensor scale, Tensor temperature, Tensor? labels, Tensor? target, int product, "
+        "int first_row, bool within_views, Tensor(a!) sums) -> ()",
+        "gradient(Tensor rows, Tensor scale, Tensor temperature, Tensor exponents, Tensor? labels, Tensor? target, "
+        "int product, int first_row, bool within_views, Tensor(a!) partial, Tensor(b!) moments) -> ()",
+        "finish(Tensor partial, Tensor z, Tensor other, Tensor? partner, Tensor pull, Tensor factors, int first_row, "
+        "Tensor(a!) dz) -> ()",
+    ),
 }
 
 for _op, _schemas in LEAVES.items():
