@@ -58,19 +58,31 @@ def parts(*, quick: bool, data: str | None = None) -> list[Part]:
     pretraining = ["--model", "crosspoint", "--batch", "4", "--points", "1024", "--k", "15"]
     widest = facts()["instruction_set"]
     narrower = WIDEST_FIRST[1 + WIDEST_FIRST.index(widest) :] if widest in WIDEST_FIRST else ()
+    apart = ["edge_conv", "dgcnn_backbone", "dgcnn"]
     return [
-        ops("tuned", 240, "--only", *(op for op in registry.OPS if op != "edge_conv"), *everybody),
-        ops("tuned_edge_conv", 90, "--only", "edge_conv", "--peers", "all", "--memory", *tuned),
-        ops("default", 80, "--rounds", "3"),
+        ops("tuned_dgcnn", 100, "--only", *apart[1:], "--rounds", "3", *everybody),
+        ops(
+            "tuned_edge_conv", 100, "--only", apart[0], "--rounds", "5", "--peers", "all", "--memory", *tuned
+        ),
+        ops(
+            "tuned",
+            240,
+            "--only",
+            *(op for op in registry.OPS if op not in apart),
+            "--rounds",
+            "5",
+            *everybody,
+        ),
+        ops("default", 90, "--rounds", "3"),
         step("dgcnn_8x1024_tuned", 40, *clouds, "--steps", "5", *tuned),
         step("dgcnn_8x1024_default", 50, *clouds),
-        ops("tuned_growth", 130, "--no-ratios", "--scaling", "--rounds", "3", *everybody),
-        step("crosspoint_4x1024_default", 130, *pretraining, "--largest-batch"),
         *(
             ops(f"tuned_{name}", 40, "--peers", "--rounds", "3", *tuned, CROSSPOINT_CPU=name)
             for name in narrower
         ),
         ops("tuned_threads", 30, "--no-ratios", "--thread-scaling", "--rounds", "5", *tuned),
+        ops("tuned_growth", 130, "--no-ratios", "--scaling", "--rounds", "3", *everybody),
+        step("crosspoint_4x1024_default", 130, *pretraining, "--largest-batch"),
         ops("tuned_large", 240, "--size", "large", "small", "--rounds", "5", *everybody),
     ]
 

@@ -131,7 +131,7 @@ class Worker:
             self._pipe.send("step")
         try:
             answer = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise Died(f"the {self._variant} step ended with {self._process.exitcode}") from None
         if "does_not_fit" in answer:

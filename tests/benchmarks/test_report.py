@@ -1,6 +1,7 @@
 """The page and the plots, from results that were made up, and from those that are committed."""
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_page_and_plots(results, tmp_path):
         ElementTree.parse(tmp_path / "page" / f"box-{name}.svg")
 
 
+def test_results_of_a_gpu_are_a_table(results):
+    rows = [
+        {
+            "op": "knn_graph",
+            "case": "(1, 8, 3), k=4",
+            "us": {"native": 20.0, "plain": 90.5},
+            "target_us": 30.0,
+        },
+        {"op": "nt_xent", "case": "N=8, D=8", "us": {"triton": 7.0}, "target_us": None},
+    ]
+    environment = [{"name": "device", "value": "a GPU"}, {"name": "torch", "value": "2.13"}]
+    (results / "gpu_check.json").write_text(json.dumps({"environment": environment, "speeds": rows}))
+    text = report.page([load(results)], "page", {})
+    assert "### a GPU" in text
+    assert "| knn_graph (1, 8, 3), k=4 | 30 | 20.0 | 90.5 |  |\n| nt_xent N=8, D=8 |  |  |  | 7.0 |" in text
+
+
 def test_no_speed_of_a_wrong_answer(results):
     text = report.page([load(results)], "page", {})
     (line,) = [line for line in text.splitlines() if "-> 64" in line and "wrong" in line]
@@ -161,7 +179,9 @@ def test_the_committed_page_is_that_of_the_committed_results():
         line for line in expected.splitlines() if line
     ], "run: python -m benchmarks.report benchmarks/results/* --out docs/performance/measured.md"
     for paths in pictures.values():
-        assert paths and all(f"(measured/{path.name})" in text for path in paths)
+        assert all(f"(measured/{path.name})" in text for path in paths)
+    shown = re.findall(r"\]\((measured/[^)]+)\)", text)
+    assert shown and all((page.parent / name).is_file() for name in shown)
 
 
 def test_targets_name_cases_that_exist():
