@@ -1,5 +1,4 @@
 // NT-Xent, forward: the tiles of the upper triangle, reduced to one sum of exponentials per row, or two with labels.
-#include "common/contrast.h"
 #include "nt_xent_labels.h"
 #include "nt_xent_tiles.h"
 

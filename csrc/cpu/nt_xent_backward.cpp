@@ -1,6 +1,5 @@
 // NT-Xent, backward: each tile of similarities is formed again, turned into weights, and multiplied with
 // the rows of both its sides.
-#include "common/contrast.h"
 #include "nt_xent_labels.h"
 #include "nt_xent_tiles.h"
 
@@ -16,7 +15,7 @@ struct RowWeights {
   // lse: log of the sum over the positives and the negatives.
   void set(int64_t row, double lse, double missing, const Exponents<T>& exponents) {
     positive[row] = missing;
-    softmax[row] = exponents.shared ? T(std::exp2(exponents.bound - lse * log2_e)) : T(-lse * log2_e);
+    softmax[row] = exponents.weight(lse * log2_e);
   }
   void set_no_part(int64_t row, const Exponents<T>& exponents) {
     set(row, std::numeric_limits<double>::infinity(), 0, exponents);

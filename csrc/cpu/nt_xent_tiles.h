@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "common/contrast.h"
 #include "crosspoint/nt_xent.h"
 #include "exp2.h"
 #include "gemm.h"
@@ -16,8 +17,6 @@
 namespace crosspoint::CROSSPOINT_ISA {
 
 inline constexpr int64_t tile = 96;  // rows of a block: a multiple of every Tile::rows and Tile::columns
-inline constexpr double log2_e = 1.4426950408889634;
-inline constexpr double shortest = 1e-12;  // least divisor of a row, as in torch.nn.functional.normalize
 
 template <class T>
 inline void fill(T* out, int64_t n, T value) {
@@ -150,22 +149,6 @@ class Views {
   Buffer<T> rows_;
   Buffer<T> transposed_;
   Buffer<double> norms_;
-};
-
-// Exponentials are powers of two, taken relative to a bound; `scale` turns a cosine into an exponent. Where
-// the whole range of exponents fits into T (temperatures down to 0.0145 in float, 0.0017 in double), one
-// bound serves all rows, and one power both the row and the column of an entry. Otherwise each row has its
-// own.
-template <class T>
-struct Exponents {
-  static constexpr double top = sizeof(T) == 4 ? 100 : 900;  // room to sum above, and for digits below -top
-
-  explicit Exponents(double temperature)
-      : scale(log2_e / temperature), shared(std::abs(scale) <= top), bound(T(std::abs(scale) - top)) {}
-
-  double scale;
-  bool shared;
-  T bound;
 };
 
 // The tiles of own rows against own columns, as tasks: all tiles of a group of own nodes with another group

@@ -1,5 +1,6 @@
-// Matrix products of one warp (mma.sync), the loads that feed them (ldmatrix), and copies to shared memory that
-// overlap with work (cp.async). The whole warp calls together; fragments are laid out as the PTX manual says.
+// Matrix products of one warp (mma.sync), the loads that feed them (ldmatrix), copies to shared memory that overlap
+// with work (cp.async), and arithmetic that has no other name. The whole warp calls together; fragments are laid out
+// as the PTX manual says.
 #pragma once
 
 #include "cuda/platform.h"
@@ -22,6 +23,19 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   return bits;
+}
+
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// 2^x to about 2^-22 of itself, 0 where that would be subnormal.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
 }
 
 // d += a b for a (16, 8), b (8, 8), d (16, 8).

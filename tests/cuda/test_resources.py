@@ -24,6 +24,8 @@ SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 REGISTERS_OF_AN_SM = 65536
 STATIC_SHARED = 48 << 10  # bytes
 
+EMBEDDINGS = ("__nv_bfloat16", "__half", "float", "double")
+BF16, F16, TF32, TF32X3 = range(4)  # of Product
 # kernel -> (threads of a block, blocks that registers leave room for on a multiprocessor)
 TUNED = {
     "edge_conv.cu": {
@@ -94,6 +96,37 @@ TUNED = {
         "sum_turned<double, 2>": (256, 4),
         "sum_turned<double, 1>": (256, 4),
     },
+    "nt_xent.cu": {
+        **{f"contrast_rows<{T}>": (256, 5) for T in EMBEDDINGS},
+        **{f"contrast_cosines<{T}>": (256, 6) for T in EMBEDDINGS},
+        **{f"contrast_row_sums<{P}, {rows}>": (256, 1) for P in (BF16, F16) for rows in (128, 64)},
+        **{f"contrast_row_sums<{TF32}, {rows}>": (256, 1) for rows in (128, 32)},
+        **{f"contrast_row_sums<{TF32X3}, {rows}>": (256, 1) for rows in (64, 32)},
+    },
+    "nt_xent_backward.cu": {
+        **{
+            f"contrast_row_gradient<{P}, Cut<{cut}> >": (256, blocks)
+            for P in (BF16, F16)
+            for cut, blocks in (
+                ("64, 64, 1, 128, 2, 2", 2),
+                ("128, 64, 1, 256, 2, 1", 1),
+                ("32, 16, 4, 1024, 2, 1", 1),
+            )
+        },
+        **{
+            f"contrast_row_gradient<{P}, Cut<{cut}> >": (256, 1)
+            for P in (TF32, TF32X3)
+            for cut in ("64, 32, 1, 256, 2, 1", "16, 16, 8, 1024, 1, 1")
+        },
+        **{f"contrast_end<{T}, {'double' if T == 'double' else 'float'}>": (256, 3) for T in EMBEDDINGS},
+    },
+    "nt_xent_plain.cu": {
+        **{
+            f"contrast_plain_row_{what}<{T}, {'double' if T == 'double' else 'float'}>": (256, blocks)
+            for what, blocks in (("sums", 4), ("gradient", 2))
+            for T in EMBEDDINGS
+        },
+    },
     "reverse_graph.cu": {
         "list_edges": (256, 6),
         "mark_starts": (256, 6),
@@ -141,7 +174,9 @@ def parse(report: str) -> dict[str, Kernel]:
             )
     command = ["c++filt", *found]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {re.search(r"(\w+(?:<[^()]*>)?)\(", n)[1]: k for n, k in zip(names, found.values(), strict=True)}
+    # A value of an enumeration is written (type)number.
+    plain = [re.sub(r"\(anonymous namespace\)::|crosspoint::cuda::|\([\w:]+\)(?=\d)", "", n) for n in names]
+    return {re.search(r"(\w+(?:<[^()]*>)?)\(", n)[1]: k for n, k in zip(plain, found.values(), strict=True)}
 
 
 def flags() -> list[str]:

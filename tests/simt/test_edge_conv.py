@@ -14,6 +14,7 @@ from crosspoint.ops._gpu import edge_conv as orchestrator
 from crosspoint.testing import TOLERANCE
 from op_tester import assert_close
 from simt_harness import ROOT, Device, builds_here
+from simt_leaves import SimtLeaves
 
 # (seed, resident blocks); the slower builds look for other things than values.
 ORDERS = {"plain": [(0, 1), (1, 2), (2, 1)], "watch": [(0, 1), (4, 2)], "sanitized": [(1, 2)]}
@@ -29,40 +30,8 @@ def device(request):
     return device
 
 
-class Leaves:
-    """The leaves as operators bind them, on CPU tensors: given ones are copied to the harness, filled ones back."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-
-    def run(
-        self, function: str, *arguments, given: tuple[Tensor, ...] = (), filled: tuple[Tensor, ...] = ()
-    ) -> None:
-        """Tensors in `given` hold values and are read only, those in `filled` are written; of what is in both, what
-        the kernel is given lies in the output."""
-        buffers = {}
-
-        def place(argument):
-            if not isinstance(argument, Tensor):
-                return argument
-            values = argument.numpy()
-            if any(argument is t for t in filled):
-                both = any(argument is t for t in given)
-                buffer = (
-                    self.device.input(values, written=True)
-                    if both
-                    else self.device.output(values.shape, values.dtype)
-                )
-                buffers[id(argument)] = (argument, buffer)
-                return buffer
-            return self.device.input(values)
-
-        try:
-            self.device.call(function, *map(place, arguments))
-            for tensor, buffer in buffers.values():
-                tensor.copy_(torch.from_numpy(buffer.copy()))
-        finally:
-            self.device.free()
+class Leaves(SimtLeaves):
+    """The leaves of csrc/torch/cuda/edge_conv.cpp."""
 
     def degrees(self, idx, degrees):
         self.run("degrees", idx, *idx.shape, degrees, given=(degrees,), filled=(degrees,))

@@ -106,6 +106,12 @@ inline uint32_t pack_bf16(float low, float high) {
   return static_cast<uint32_t>(simt::float_to_bf16(high)) << 16 | simt::float_to_bf16(low);
 }
 
+inline uint32_t pack_f16(float low, float high) {
+  return static_cast<uint32_t>(simt::float_to_half(high)) << 16 | simt::float_to_half(low);
+}
+
+inline float fast_exp2(float x) { return std::exp2(x) < 1.17549435e-38f ? 0.0f : std::exp2(x); }
+
 inline void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_SITE) {
   simt::warp_product<simt::Tf32>("mma_tf32", d, a, b, {file, line});
 }
