@@ -12,7 +12,7 @@ VALUES := matches_reference and (float32 or float64) or repeatable
 INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles \
   or strides or asked_for or zero_gradient or not_finite or padding or far_offsets
 # Of the tests beside the battery of the contrastive losses.
-CONTRAST := aligned_pairs or half_types or parts_make and 0.2 or tiny or shorter or nan_is and 120
+CONTRAST := aligned_pairs or half_types or parts_make and 0.2 or tiny or shorter or nan_is and 120 or adds_up_too
 
 .PHONY: help install build demo test measured variants interpret sanitize wheel oldest-torch docs cpp cpp-sanitize arm64 lint clean
 
@@ -59,7 +59,7 @@ interpret: build
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_knn.py tests/ops/test_edge_conv.py tests/ops/test_gather_max.py \
 	  tests/ops/test_neighbor_sum.py tests/ops/test_conv_bn_act_pool.py -k "triton and ($(INTERPRETED))"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_nt_xent.py tests/ops/test_sup_con.py tests/ops/test_contrast_rows.py \
-	  tests/ops/test_contrast_precision.py -k "triton and ($(INTERPRETED) or $(CONTRAST))"
+	  tests/ops/test_contrast_precision.py tests/distributed/test_contrast.py -k "triton and ($(INTERPRETED) or $(CONTRAST))"
 
 # The operators' battery on kernels built with the address and undefined-behaviour sanitizers.
 sanitize: install

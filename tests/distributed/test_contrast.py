@@ -66,6 +66,12 @@ def test_gradients_add_up_to_those_of_one_process(results, world, loss, impl):
     assert_same(ranks, one_process(loss), 1e-12, shares=True)
 
 
+@pytest.mark.skipif(not rank_worker.INTERPRETED, reason="make interpret runs it: Triton's kernels on a CPU")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_triton_adds_up_too(results, loss):
+    assert_same([rank[loss, "triton", "sum"] for rank in results(2)], one_process(loss), 1e-12, shares=True)
+
+
 @worlds
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("impl", ["native", "reference"])
