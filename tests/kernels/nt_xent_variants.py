@@ -79,4 +79,6 @@ def of_rows():
             elif kind == "half":
                 constants["p_partner"] = None
             base = DOUBLE if kind == "double" else TYPES
-            yield Variant(f"{name}-{kind}", kernel, {**base, **types}, constants)
+            # Nothing in them is a processor's own: one kind is compiled for all.
+            where = {"half": (80, 90, 100), "tf32": (80,), "double": (90,)}[kind]
+            yield Variant(f"{name}-{kind}", kernel, {**base, **types}, constants, architectures=where)
