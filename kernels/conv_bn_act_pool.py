@@ -1,8 +1,8 @@
 """conv_bn_act_pool's kernels, called by `crosspoint.ops._gpu.conv_bn_act_pool`, which says what they are for.
 
 Every function fills tensors that the caller allocated. x (B, N, C_in) is centred as it is loaded, x' = x - centre, and
-0 in rows past `lengths`; h = x' weight^T with the weight signed by gamma, so that every maximum is a maximum. Sums run
-over tiles of a cloud's rows, ROWS of them, of which a part takes a run.
+0 in rows past `lengths`; h = x' weight^T with the weight signed by gamma, so that every maximum is a maximum;
+`product` is an index of `_precision.PRODUCTS`. Sums run over tiles of a cloud's rows, of which a part takes a run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from crosspoint.kernels._common import INTERPRETED, device_of
+from crosspoint.kernels._precision import PRODUCTS
 from crosspoint.kernels._products import add_product, rounded
 
 __all__ = [
@@ -183,17 +184,17 @@ def gram_kernel(
 
 
 def gram(
-    x: Tensor, lengths: Tensor | None, centre: Tensor, product: str, gram: Tensor, first: Tensor
+    x: Tensor, lengths: Tensor | None, centre: Tensor, product: int, gram: Tensor, first: Tensor
 ) -> None:
     """gram (parts, C, C) in the dtype of centre: x' x'^T summed over a part of the rows, of x' rounded as `product`
     says; first (parts, C) float64: x' itself."""
     batch, n, channels = x.shape
-    tile = GRAM[product]
+    tile = GRAM[PRODUCTS[product]]
     blocks = triton.cdiv(channels, tile.columns)
     with device_of(x):
         gram_kernel[(len(gram), blocks, blocks)](
             *(x, lengths, centre, gram, first, batch, n, channels, len(gram)),
-            PRODUCT=product,
+            PRODUCT=PRODUCTS[product],
             **tile.constants(),
             **tile.options(),
         )
@@ -279,7 +280,7 @@ def pool(
     gamma: Tensor,
     scale: Tensor,
     shift: Tensor,
-    product: str,
+    product: int,
     values: Tensor,
     places: Tensor,
     mask: Tensor | None,
@@ -291,13 +292,13 @@ def pool(
     (B, N, ceil(C_out / 32)) int32: bit c % 32 of word c // 32 is z > 0 of channel c.
     """
     (batch, n, c_in), c_out, tiles = x.shape, len(weight), values.shape[2]
-    tile = POOL[product]
+    tile = POOL[PRODUCTS[product]]
     words = triton.cdiv(c_out, 32)
     with device_of(x):
         pool_kernel[(batch * tiles * triton.cdiv(c_out, tile.columns),)](
             *(x, lengths, centre, weight, gamma, scale, shift, values, places, mask),
             *(batch, n, c_in, c_out, tiles, words),
-            PRODUCT=product,
+            PRODUCT=PRODUCTS[product],
             **tile.constants(),
             **tile.options(),
         )
@@ -611,19 +612,19 @@ def x_gradient(
     lengths: Tensor | None,
     centre: Tensor,
     square: Tensor | None,
-    product: str,
+    product: int,
     out: Tensor,
 ) -> None:
     """out (B, N, C_in) = g weight + x' square, g being what `terms` describes without its last term; square (C_in,
     C_in) or None. 0 in rows past lengths."""
     (batch, n, c_in), c_out = x.shape, len(weight)
-    tile = X_GRADIENT[product]
+    tile = X_GRADIENT[PRODUCTS[product]]
     tiles = triton.cdiv(n, tile.rows)
     with device_of(x):
         x_gradient_kernel[(batch * tiles * triton.cdiv(c_in, tile.columns),)](
             *(mask, spread, winner, weight, x, lengths, centre, square, out),
             *(batch, n, c_in, c_out, tiles, mask.shape[2]),
-            PRODUCT=product,
+            PRODUCT=PRODUCTS[product],
             **tile.constants(),
             **tile.options(),
         )
@@ -688,17 +689,17 @@ def weight_gradient(
     x: Tensor,
     lengths: Tensor | None,
     centre: Tensor,
-    product: str,
+    product: int,
     out: Tensor,
 ) -> None:
     """out (parts, C_out, C_in): g^T x' summed over a part of the rows, g as in `x_gradient`."""
     batch, n, _ = x.shape
     parts, c_out, c_in = out.shape
-    tile = WEIGHT_GRADIENT[product]
+    tile = WEIGHT_GRADIENT[PRODUCTS[product]]
     with device_of(x):
         weight_gradient_kernel[(parts, triton.cdiv(c_out, tile.rows), triton.cdiv(c_in, tile.columns))](
             *(mask, spread, winner, x, lengths, centre, out, batch, n, c_in, c_out, parts, mask.shape[2]),
-            PRODUCT=product,
+            PRODUCT=PRODUCTS[product],
             **tile.constants(),
             **tile.options(),
         )

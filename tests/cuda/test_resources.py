@@ -28,6 +28,18 @@ EMBEDDINGS = ("__nv_bfloat16", "__half", "float", "double")
 BF16, F16, TF32, TF32X3 = range(4)  # of Product
 # kernel -> (threads of a block, blocks that registers leave room for on a multiprocessor)
 TUNED = {
+    "conv_bn_act_pool.cu": {
+        **{f"pool_sums<{X}>": (256, 6) for X in ("float", "double", "unsigned short")},
+        **{
+            f"pool_{name}<{product}, {X}>": (256, 1)
+            for name in ("gram", "tiles", "x_gradient", "weight_gradient")
+            for product, X in ((0, "float"), (0, "unsigned short"), (2, "float"), (3, "float"))
+        },
+        **{
+            f"pool_{name}<4, double>": (128, 2) for name in ("gram", "tiles", "x_gradient", "weight_gradient")
+        },
+        **{f"pool_{name}<{T}>": (256, 4) for name in ("finish", "terms") for T in ("float", "double")},
+    },
     "edge_conv.cu": {
         "conv_degrees": (256, 6),
         **{f"conv_centre<{T}>": (1024, 1) for T in ("float", "double")},

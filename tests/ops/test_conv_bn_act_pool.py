@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crosspoint import ops
 from crosspoint.ops import _dispatch, reference
@@ -288,6 +289,20 @@ def test_autocast_casts_x(impl):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ops.conv_bn_act_pool(*call.args, **call.kwargs, impl=impl)
     assert out.dtype == torch.bfloat16
+
+
+def test_a_gpu_keeps_a_bit_of_each_value():
+    """By the shapes that the operator declares, which opcheck compares with those that it gives."""
+    batch, n, c_in, c_out = 8, 1000, 512, 1024
+    with FakeTensorMode():
+        x, weight, affine = torch.empty(batch, n, c_in), torch.empty(c_out, c_in), torch.empty(c_out)
+        given = (x, weight, affine, affine, None, None, None, True, 0.1, 1e-5, 0.2)
+        _, *kept = torch.ops.crosspoint.conv_bn_act_pool_triton(*given, True)
+        _, *nothing = torch.ops.crosspoint.conv_bn_act_pool_triton(*given, False)
+    assert sum(t.nbytes for t in kept) == (
+        batch * n * c_out // 8 + 28 * batch * c_out + 16 * c_out + 8 * (c_in + 1) * c_in
+    )
+    assert sum(t.nbytes for t in nothing) == 16 * c_out
 
 
 PEAK = """

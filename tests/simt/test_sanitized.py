@@ -11,7 +11,15 @@ from simt_harness import sanitizer_environment
 
 @pytest.mark.timeout(900)  # it compiles everything once more
 @pytest.mark.parametrize(
-    "tests", ["test_samples.py", "test_knn.py", "test_gather.py", "test_edge_conv.py", "test_nt_xent.py"]
+    "tests",
+    [
+        "test_samples.py",
+        "test_knn.py",
+        "test_gather.py",
+        "test_edge_conv.py",
+        "test_nt_xent.py",
+        "test_conv_bn_act_pool.py",
+    ],
 )
 def test_under_the_sanitizers(tests):
     pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]

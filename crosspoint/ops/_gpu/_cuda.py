@@ -10,6 +10,21 @@ __all__ = ["LEAVES", "Leaves", "has_leaves"]
 
 # operator -> schemas of its leaves, without the prefix
 LEAVES = {
+    "conv_bn_act_pool": (
+        "sums(Tensor x, Tensor? lengths, Tensor(a!) out) -> ()",
+        "gram(Tensor x, Tensor? lengths, Tensor centre, int product, Tensor(a!) gram, Tensor(b!) first) -> ()",
+        "pool(Tensor x, Tensor? lengths, Tensor centre, Tensor weight, Tensor gamma, Tensor scale, Tensor shift, "
+        "int product, Tensor(a!) values, Tensor(b!) places, Tensor(c!)? mask) -> ()",
+        "finish(Tensor values, Tensor places, Tensor? lengths, int n, Tensor gamma, Tensor scale, Tensor shift, "
+        "Tensor mean, Tensor rstd, float negative_slope, Tensor(a!) out, Tensor(b!)? winner, Tensor(c!)? slopes) -> ()",
+        "terms(Tensor grad, Tensor slopes, Tensor? lengths, int n, Tensor count, Tensor gamma, Tensor scale, "
+        "Tensor shift, Tensor mean, Tensor rstd, float negative_slope, bool training, Tensor(a!) spread, "
+        "Tensor(b!) affine) -> ()",
+        "x_gradient(Tensor mask, Tensor spread, Tensor winner, Tensor weight, Tensor x, Tensor? lengths, "
+        "Tensor centre, Tensor? square, int product, Tensor(a!) out) -> ()",
+        "weight_gradient(Tensor mask, Tensor spread, Tensor winner, Tensor x, Tensor? lengths, Tensor centre, "
+        "int product, Tensor(a!) out) -> ()",
+    ),
     "edge_conv": (
         "degrees(Tensor idx, Tensor(a!) degrees) -> ()",
         "centre(Tensor x, Tensor degrees, Tensor(a!) centre) -> ()",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from crosspoint.kernels._checks import check_length_values
-from crosspoint.kernels._precision import product_of
+from crosspoint.kernels._precision import PRODUCTS, product_of
 from crosspoint.ops._checks import compute_dtype
 from crosspoint.ops._gpu._products import EXACT_CHANNELS
 
@@ -81,7 +81,7 @@ def forward(
         values = x.new_empty((3, batch, tiles, c_out), dtype=dtype)
         places = torch.empty((2, batch, tiles, c_out), dtype=torch.int32, device=x.device)
         leaves.pool(
-            *(x, lengths, centre, signed, gamma, scale, shift, product, values, places),
+            *(x, lengths, centre, signed, gamma, scale, shift, PRODUCTS.index(product), values, places),
             mask if backward else None,
         )
         leaves.finish(
@@ -149,10 +149,12 @@ def backward(
         if need_x:
             grad_x = torch.empty_like(x)
             square = -(exact.t() @ scaled).to(signed.dtype) if training else None
-            leaves.x_gradient(mask, spread, winner, signed, x, lengths, centre, square, product, grad_x)
+            leaves.x_gradient(
+                *(mask, spread, winner, signed, x, lengths, centre, square, PRODUCTS.index(product), grad_x)
+            )
         if need_weight:
             partial = x.new_empty((_parts(x), c_out, c_in), dtype=dtype)
-            leaves.weight_gradient(mask, spread, winner, x, lengths, centre, product, partial)
+            leaves.weight_gradient(mask, spread, winner, x, lengths, centre, PRODUCTS.index(product), partial)
             total = partial.sum(0, dtype=torch.float64)
             if training:
                 total = total - scaled @ moments[:-1]
@@ -231,7 +233,7 @@ def _statistics(
     c_in, parts = x.shape[2], _parts(x)
     partial = x.new_empty((parts, c_in, c_in), dtype=centre.dtype)
     first = torch.empty((parts, c_in), dtype=torch.float64, device=x.device)
-    leaves.gram(x, lengths, centre, product, partial, first)
+    leaves.gram(x, lengths, centre, PRODUCTS.index(product), partial, first)
     gram, count = partial.sum(0, dtype=torch.float64), count.clamp_min(1)
     mean = first.sum(0) / count
     scatter = torch.addr(gram, mean, mean * -count)
