@@ -1,11 +1,10 @@
 """k nearest neighbours, exact: which kernels run, and what they work on.
 
+* up to 128 neighbours, up to 3 channels, many points: `knn_tree`, which opens only boxes of points that come near
 * up to 128 neighbours: `direct_kernel`, two scans and a short sort
 * up to 40 neighbours, 16 to 256 channels: `knn_filter`, a matrix product that sorts out candidates
 * more neighbours: `merge_kernel`, one pass over the points per 128 of them
 * float64: `sweep_kernel`, one pass per neighbour: right, and slow
-
-Large clouds are compared with all their points here; the grid for them is CUDA C++ alone.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from crosspoint.kernels import knn_filter
+from crosspoint.kernels import knn_filter, knn_tree
 from crosspoint.kernels._checks import check_length_values
 from crosspoint.kernels._common import device_of, programs, rows_of_block, widened
 from crosspoint.kernels.knn_direct import (
@@ -75,6 +74,9 @@ def _search(
         if query.dtype == torch.float32 and knn_filter.fits(query, k):
             wanted = knn_filter.search(query, points, k, *lengths, own, idx, dist2)
             _direct(query, points, N, (C, 1), k, lengths, own, idx, dist2, wanted)
+            return
+        if query.dtype == torch.float32 and knn_tree.fits(query, points, k):
+            knn_tree.search(query, points, k, *lengths, own, idx, dist2)
             return
         columns = points.transpose(1, 2).contiguous()  # (B, C, N): lanes read neighbouring points
         if query.dtype == torch.float32 and k <= DIRECT[-1].k:

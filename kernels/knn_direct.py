@@ -120,13 +120,13 @@ def _tile(
     for c in tl.static_range(CHANNELS):
         b_query = tl.load(p_row + c, mask=m_row, other=0.0)
         b_difference = b_query[:, None] - tl.load(p_column, mask=m_column, other=0.0)[None, :]
-        b_sum += b_difference * b_difference
+        b_sum = tl.fma(b_difference, b_difference, b_sum)
         p_column += s_channel
     if CHANNELS == 0:
         for c in range(C):
             b_query = tl.load(p_row + c, mask=m_row, other=0.0)
             b_difference = b_query[:, None] - tl.load(p_column, mask=m_column, other=0.0)[None, :]
-            b_sum += b_difference * b_difference
+            b_sum = tl.fma(b_difference, b_difference, b_sum)
             p_column += s_channel
     b_sum = tl.where(b_sum == b_sum, b_sum, float("inf"))
     m_there = m_column[None, :]

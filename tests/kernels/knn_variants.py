@@ -1,14 +1,18 @@
 """The kernels of k-NN graphs, with every entry of their tables."""
 
-from crosspoint.kernels import knn_direct, knn_filter
+from crosspoint.kernels import knn_direct, knn_filter, knn_tree
 from offline import Variant
 
-MODULES = (knn_direct, knn_filter)
+MODULES = (knn_direct, knn_filter, knn_tree)
 TYPES = {
     **dict.fromkeys(["M", "N", "k", "C", "n_block", "s_point", "s_channel"], "i32"),
-    **dict.fromkeys(["p_lengths_query", "p_lengths_points", "p_idx", "p_space"], "*i64"),
-    **dict.fromkeys(["p_candidates", "p_count", "p_wanted", "p_extent"], "*i32"),
+    **dict.fromkeys(["p_lengths", "p_lengths_query", "p_lengths_points", "p_idx", "p_space"], "*i64"),
+    **dict.fromkeys(["p_order", "p_near"], "*i64"),
+    **dict.fromkeys(
+        ["p_candidates", "p_count", "p_wanted", "p_extent", "p_code", "p_index", "p_lowest"], "*i32"
+    ),
     **dict.fromkeys(["p_query", "p_points", "p_dist2", "p_centre", "p_x"], "*fp32"),
+    **dict.fromkeys(["p_divisions", "p_sorted", "p_sides"], "*fp32"),
     **dict.fromkeys(["p_norm2", "p_lost2", "p_norm2_query", "p_lost2_query"], "*fp32"),
     "p_rounded": "*bf16",
 }
@@ -45,4 +49,12 @@ def variants() -> list[Variant]:
             found.append(Variant(name, filtered.filter_kernel, halves, constants, options, tensor_cores=True))
         constants = {**entry.rerank_constants(), "SELF": direct.OTHER_SET.value}
         found.append(Variant(f"rerank-{entry.k}", filtered.rerank_kernel, TYPES, constants))
+    found.append(Variant("encode", knn_tree.encode_kernel, TYPES, knn_tree.ENCODE))
+    found.append(Variant("plant", knn_tree.plant_kernel, TYPES, {}))
+    found.append(Variant("enclose", knn_tree.enclose_kernel, TYPES, {}, {"num_warps": 1}))
+    for entry in knn_tree.TREE:
+        sets = {**entry.constants(), "SELF": direct.OTHER_SET.value}
+        found.append(Variant(f"tree-{entry.k}", knn_tree.tree_kernel, TYPES, sets, entry.options()))
+    own = {**knn_tree.TREE[0].constants(), **graph, "p_near": None}
+    found.append(Variant("tree-graph", knn_tree.tree_kernel, TYPES, own, knn_tree.TREE[0].options()))
     return found

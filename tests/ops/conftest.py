@@ -39,3 +39,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor_for_numpy
+
+    # It replaces the language's functions at every call from one jitted function of another, which takes most of the
+    # time; once a launch does.
+    patch_language = interpreter._patch_lang
+    replaced = set()
+
+    def patch_language_once(fn):
+        modules = {id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core}
+        if modules <= replaced:
+            return interpreter._LangPatchScope()
+        scope = patch_language(fn)
+        replaced.update(modules)
+        restore = scope.restore
+
+        def restore_all():
+            restore()
+            replaced.clear()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_language_once
