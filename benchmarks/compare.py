@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+import crosspoint
 from benchmarks import machine, registry
 from benchmarks.registry import Case
 
@@ -87,9 +88,10 @@ class Side:
         inherited = {
             k: v for k, v in os.environ.items() if k != "CROSSPOINT_LIBRARY"
         }  # one for both would be no comparison
+        self._site = env.get(_SITE, str(_ROOT))
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.compare", "--serve"],
-            cwd=env.get(_SITE, _ROOT),
+            cwd=self._site,
             env={**inherited, **env},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -108,6 +110,9 @@ class Side:
         return json.loads(line)
 
     def __enter__(self) -> Side:
+        found = self.ask(where=True)["package"]
+        if not Path(found).is_relative_to(self._site):
+            raise Unusable(f"a side that was to measure {self._site} would measure {found}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +122,7 @@ class Side:
 
 
 def _serve() -> None:
-    """Answers questions: `case` prepares one and judges the answer, `calls` times so many."""
+    """Answers questions: `where` the package is, `case` prepares one and judges the answer, `calls` times so many."""
     from benchmarks.measure import Clock, backends, runner
     from benchmarks.truth import judge
 
@@ -126,7 +131,9 @@ def _serve() -> None:
     run = None
     for line in sys.stdin:
         question = json.loads(line)
-        if "case" in question:
+        if "where" in question:
+            answer = {"package": str(Path(crosspoint.__file__).parent)}
+        elif "case" in question:
             case = _case(question["case"])
             try:
                 problem = registry.build(case)
