@@ -112,6 +112,7 @@ class Side:
     def __enter__(self) -> Side:
         found = self.ask(where=True)["package"]
         if not Path(found).is_relative_to(self._site):
+            self.__exit__()
             raise Unusable(f"a side that was to measure {self._site} would measure {found}")
         return self
 

@@ -78,6 +78,12 @@ def test_interval_is_that_of_the_tables(n, low, high):
     assert compare.interval([float(i) for i in range(n, 0, -1)]) == (low, high)
 
 
+def test_a_side_that_would_measure_another_package_is_refused(tmp_path):
+    env = {"PYTHONPATH": str(compare._ROOT), compare._SITE: str(tmp_path)}  # where there is none
+    with pytest.raises(compare.Unusable, match="would measure"), compare.Side(env):
+        pass
+
+
 def test_an_unknown_commit(capsys):
     assert compare.main(["no-such-commit", "--size", "tiny"]) == 2
     assert "no-such-commit" in capsys.readouterr().err
