@@ -12,7 +12,7 @@ VALUES := matches_reference and (float32 or float64) or repeatable
 INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles \
   or strides or asked_for or zero_gradient or not_finite or padding or far_offsets
 # Of the tests beside the battery of the contrastive losses.
-CONTRAST := aligned_pairs or half_types or parts_make and 0.2 or tiny or adds_up_too
+CONTRAST := contrast_precision or half_types or parts_make and 0.2 or tiny or adds_up_too
 
 .PHONY: help install build demo test measured variants interpret sanitize wheel oldest-torch docs cpp cpp-sanitize arm64 lint clean
 

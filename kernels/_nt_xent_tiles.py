@@ -94,7 +94,7 @@ def choose(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Constants and options of a launch on `rows` (V, N, W) as they are multiplied."""
     (_, n, width), tile = rows.shape, Tile(64, 64, 4, 1, 128)
-    if INTERPRETED and n >= 1000:  # its time goes by operations and not by elements
+    if INTERPRETED and n >= 500:  # its time goes by operations and not by elements
         tile = Tile(512, 512, 4, 1, 128)
     if not INTERPRETED:
         capability = torch.cuda.get_device_capability(rows.device)

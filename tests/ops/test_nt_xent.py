@@ -184,6 +184,8 @@ def test_one_channel_has_no_gradient(backend, loss):
 def test_float32_gradient_of_aligned_pairs(backend, noise, temperature, tolerance):
     """Plain float32 cross entropy is off by 3e-5 at 0.07, and by half at 0.02, where the loss is 1e-15."""
     n, d = 512, 256
+    if backend != ("native", "cpu"):
+        tolerance = max(tolerance, 7e-8 / temperature)  # the rounding of a cosine, as tensor cores add it up
     generator = torch.Generator().manual_seed(0)
     base = F.normalize(torch.randn(n, d, generator=generator).double(), dim=1)
     z1, z2 = (
