@@ -33,6 +33,7 @@ def gradient_kernel(
     clouds,
     N,
     C,
+    STRIDE,
     parts,
     PART,
     SLOPE: tl.constexpr,
@@ -61,7 +62,7 @@ def gradient_kernel(
         b_grad = tl.load(p_grad + o_value, mask=m_any, other=0.0)
         m_up = b_winner * b_scale[None, :] + b_shift[None, :] > 0
         b_grad = tl.where(m_up, b_grad, b_grad * SLOPE)
-        tl.store(p_routed + o_node[:, None] * (2 * C) + C + o_channel[None, :], b_grad, mask=m_all)
+        tl.store(p_routed + o_node[:, None] * STRIDE + (STRIDE - C) + o_channel[None, :], b_grad, mask=m_all)
         b_sum += tl.sum(b_grad, 0).to(tl.float64)
         b_weighted += tl.sum(b_grad * b_winner, 0).to(tl.float64)
     tl.store(p_sums + i_part * C + o_channel, b_sum, mask=m_channel)
@@ -78,14 +79,14 @@ def winner_gradient(
     routed: Tensor,
     sums: Tensor,
 ) -> None:
-    """routed[..., C:] = g (B, N, C), 0 for nodes without edges; sums (2, B, parts, C) float64: of g, of g * winner."""
+    """routed[..., -C:] = g (B, N, C), 0 for nodes without edges; sums (2, B, parts, C) float64: of g, of g * winner."""
     batch, n, channels = winner.shape
     parts = sums.shape[2]
     constants, options = choose(PASS, channels)
     with device_of(winner):
         gradient_kernel[(batch * parts, triton.cdiv(channels, constants["CHANNELS"]))](
             *(grad, winner, degrees, scale, shift, routed, sums, batch, n, channels),
-            *(parts, triton.cdiv(n, parts)),
+            *(routed.shape[2], parts, triton.cdiv(n, parts)),
             SLOPE=negative_slope,
             **constants,
             **options,

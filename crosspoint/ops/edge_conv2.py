@@ -24,7 +24,8 @@ Memory beside inputs, output and gradients, in elements of 4 bytes (8 for float6
 k > 256), and a few numbers per channel, cloud or node. While running: forward 2 B N C_mid; backward
 (3 + P) B N C_mid + 16 C_mid (2 C_in + C_mid + C_out), where P parts share a cloud's work, ceil(16 / B) but at
 most ceil(N / 64). Per thread, one tile: max(96, k) (C_mid + C_out) forward, 2 max(96, k) C_mid backward. Half
-types are widened: add a float32 copy of x, out and its gradient. Without gradients nothing is kept.
+types are widened: add a float32 copy of x, out and its gradient. Without gradients nothing is kept. GPUs keep the
+same and need other workspace, see docs/derivations/edge_conv2.md.
 
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
@@ -34,7 +35,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _library, reference
+from crosspoint.ops import _dispatch, _gpu, _library, reference
 from crosspoint.ops._checks import check_neighbours, check_norm
 
 __all__ = ["edge_conv2"]
@@ -82,7 +83,7 @@ def edge_conv2(
         momentum: weight of this batch in the running statistics.
         eps: added to the variances.
         negative_slope: of both LeakyReLUs, >= 0; 0 is ReLU.
-        impl: "auto", "native" or "reference".
+        impl: "auto", "native", "triton" or "reference".
 
     Returns:
         (B, N, C_out) in the dtype of x (or autocast's). Differentiable once in x and all weights, gammas and betas.
@@ -99,13 +100,14 @@ def edge_conv2(
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     tensors = (x, idx, weight1, gamma1, beta1, weight2, gamma2, beta2, *norm1[2:], *norm2[2:])
-    if _dispatch.choose("edge_conv2", impl, x.device) == "reference":
+    backend = _dispatch.choose("edge_conv2", impl, x.device)
+    if backend == "reference":
         with torch.autocast(device, enabled=False):
             return reference.edge_conv2(
                 *tensors, training=training, momentum=momentum, eps=eps, negative_slope=negative_slope
             )
     options = (training, momentum, eps, negative_slope)
-    return _EdgeConv2.apply(*tensors, *options, torch.is_grad_enabled())[0]
+    return _EdgeConv2.apply(*tensors, *options, torch.is_grad_enabled(), backend)[0]
 
 
 def _check(
@@ -206,6 +208,9 @@ _library.define(
     "Tensor grad_beta2)",
     _fake_backward,
 )
+_library.define_like("edge_conv2", "triton")
+_library.define_like("edge_conv2_backward", "triton")
+_gpu.implement("edge_conv2", "edge_conv2", "edge_conv2_backward")
 
 
 class _EdgeConv2(torch.autograd.Function):
@@ -228,8 +233,9 @@ class _EdgeConv2(torch.autograd.Function):
         eps,
         negative_slope,
         backward,
+        backend,
     ):
-        return torch.ops.crosspoint.edge_conv2(
+        return _dispatch.operator("edge_conv2", backend)(
             x,
             idx,
             weight1,
@@ -256,22 +262,21 @@ class _EdgeConv2(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, idx, *parameters, *saved)
-        ctx.training, ctx.negative_slope = inputs[12], inputs[15]
+        ctx.training, ctx.negative_slope, ctx.backend = inputs[12], inputs[15], inputs[17]
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 17
+            return (None,) * 18
         tensors = ctx.saved_tensors
         need_x, _, *need = ctx.needs_input_grad[:8]
-        grad_x, *gradients = _EdgeConv2Backward.apply(
-            grad, *tensors, ctx.training, ctx.negative_slope, need_x, need[0], need[3]
-        )
+        options = (ctx.training, ctx.negative_slope, need_x, need[0], need[3], ctx.backend)
+        grad_x, *gradients = _EdgeConv2Backward.apply(grad, *tensors, *options)
         wanted = (
             gradient.to(parameter.dtype) if needed else None
             for gradient, parameter, needed in zip(gradients, tensors[2:8], need, strict=True)
         )
-        return (grad_x if need_x else None, None, *wanted, *(None,) * 9)
+        return (grad_x if need_x else None, None, *wanted, *(None,) * 10)
 
 
 class _EdgeConv2Backward(torch.autograd.Function):
@@ -301,8 +306,9 @@ class _EdgeConv2Backward(torch.autograd.Function):
         need_x,
         need_weight1,
         need_weight2,
+        backend,
     ):
-        return torch.ops.crosspoint.edge_conv2_backward(
+        return _dispatch.operator("edge_conv2_backward", backend)(
             grad,
             x,
             idx,

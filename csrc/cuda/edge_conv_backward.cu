@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) conv_winner_gradient(EdgeConvGradien
           sum += g;
           sum_weighted += g * h;
         }
-        args.routed[(node * 2 + 1) * C + c] = g;
+        args.routed[(node + 1) * args.stride - C + c] = g;
       }
     }
     sums[warp][lane] = sum;

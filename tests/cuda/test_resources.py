@@ -26,6 +26,7 @@ STATIC_SHARED = 48 << 10  # bytes
 
 EMBEDDINGS = ("__nv_bfloat16", "__half", "float", "double")
 BF16, F16, TF32, TF32X3 = range(4)  # of Product
+TILE_PRODUCTS = ("float, 0", "float, 2", "float, 3", "double, 4")
 # kernel -> (threads of a block, blocks that registers leave room for on a multiprocessor)
 TUNED = {
     "conv_bn_act_pool.cu": {
@@ -66,6 +67,16 @@ TUNED = {
         "conv_dense_gradient<float>": (256, 5),
         "conv_dense_gradient<double>": (256, 3),
         **{f"conv_route<{T}, {S}>": (256, 5) for T in ("float", "double") for S in ("int", "unsigned char")},
+    },
+    "edge_conv2.cu": {
+        **{f"edges_activate<{T}>": (256, 5) for T in ("float", "double")},
+        **{f"edges_max<{x}>": (128, 2) for x in TILE_PRODUCTS},
+    },
+    "edge_conv2_backward.cu": {
+        **{f"edges_add_runs<{T}>": (256, 5) for T in ("float", "double")},
+        **{f"edges_own<{x}>": (128, 2) for x in TILE_PRODUCTS},
+        **{f"edges_neighbour<{x}>": (128, 2) for x in TILE_PRODUCTS},
+        **{f"edges_products<{x}>": (128, 3) for x in TILE_PRODUCTS},
     },
     "knn.cu": {
         "knn_general<float>": (128, 3),

@@ -8,7 +8,7 @@ MODULES = (edge_conv, edge_conv_backward)
 VALUES = ("p_x", "p_nodes", "p_out", "p_winner", "p_grad", "p_routed", "p_dense", "p_grad_x", "p_constant")
 VALUES += ("p_gamma", "p_scale", "p_shift", "p_centre", "p_sum", "p_sums", "p_gram")
 TYPES = {
-    **dict.fromkeys(["clouds", "M", "N", "k", "C", "parts", "PART"], "i32"),
+    **dict.fromkeys(["clouds", "M", "N", "k", "C", "STRIDE", "parts", "PART"], "i32"),
     **dict.fromkeys(["p_degrees", "p_start", "p_edges"], "*i32"),
     **dict.fromkeys(VALUES, "*fp32"),
     "p_first": "*fp64",

@@ -74,13 +74,13 @@ int gather_max(int64_t is_double, const int64_t* idx, int64_t batch, int64_t n, 
 
 int winner_gradient(int64_t is_double, int64_t batch, int64_t n, int64_t channels, int64_t parts, const void* grad,
                     const void* winner, const int32_t* degrees, const void* scale, const void* shift,
-                    double negative_slope, void* routed, double* sums) {
+                    double negative_slope, void* routed, int64_t stride, double* sums) {
   return with_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     return edge_conv_winner_gradient(
         EdgeConvGradientArgs<T>{batch, n, channels, parts, static_cast<const T*>(grad), static_cast<const T*>(winner),
                                 degrees, static_cast<const T*>(scale), static_cast<const T*>(shift), negative_slope,
-                                static_cast<T*>(routed), sums},
+                                static_cast<T*>(routed), stride, sums},
         nullptr);
   });
 }

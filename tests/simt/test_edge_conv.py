@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conv_leaves import ConvLeaves
 from torch import Tensor
 
 from crosspoint.ops import reference
@@ -14,7 +15,6 @@ from crosspoint.ops._gpu import edge_conv as orchestrator
 from crosspoint.testing import TOLERANCE
 from op_tester import assert_close
 from simt_harness import ROOT, Device, builds_here
-from simt_leaves import SimtLeaves
 
 # (seed, resident blocks); the slower builds look for other things than values.
 ORDERS = {"plain": [(0, 1), (1, 2), (2, 1)], "watch": [(0, 1), (4, 2)], "sanitized": [(1, 2)]}
@@ -28,69 +28,6 @@ def device(request):
     device = Device(sources, request.param)
     device.library.reverse_graph_bytes.restype = ctypes.c_int64
     return device
-
-
-class Leaves(SimtLeaves):
-    """The leaves of csrc/torch/cuda/edge_conv.cpp."""
-
-    def degrees(self, idx, degrees):
-        self.run("degrees", idx, *idx.shape, degrees, given=(degrees,), filled=(degrees,))
-
-    def centre(self, x, degrees, centre):
-        self.run("centre", _double(x), *x.shape, x, degrees, centre, filled=(centre,))
-
-    def subtract(self, x, centre, degrees, out):
-        self.run("subtract", _double(x), *x.shape, x, centre, degrees, out, filled=(out,))
-
-    def neighbor_sum(self, x, idx, out):
-        self.run("neighbor_sum", _double(x), idx, *idx.shape, x.shape[2], x, out, filled=(out,))
-
-    def moments(self, x, sums, degrees, gram, first):
-        sizes = (*x.shape, gram.shape[1])
-        self.run("moments", _double(x), *sizes, x, sums, degrees, gram, first, filled=(gram, first))
-
-    def gather_max(self, nodes, idx, gamma, scale, shift, negative_slope, out, winner, slot):
-        self.run(
-            *("gather_max", _double(nodes), idx, *idx.shape, out.shape[2], nodes, gamma, scale, shift),
-            *(float(negative_slope), out, winner, slot, 1 if slot is None else slot.element_size()),
-            filled=(out, winner, slot),
-        )
-
-    def winner_gradient(self, grad, winner, degrees, scale, shift, negative_slope, routed, sums):
-        sizes = (*winner.shape, sums.shape[2])
-        arrays = (grad, winner, degrees, scale, shift, float(negative_slope), routed, sums)
-        self.run("winner_gradient", _double(winner), *sizes, *arrays, given=(routed,), filled=(routed, sums))
-
-    def reverse_graph(self, idx, start, edges):
-        sizes = (*idx.shape, start.shape[1] - 1)
-        size = self.device.library.reverse_graph_bytes(None, *map(ctypes.c_int64, sizes))
-        workspace = torch.empty(size, dtype=torch.uint8)
-        edges.zero_()  # what lies after the last edge is not defined, and is copied with the rest
-        self.run(
-            *("turn_graph", idx, *sizes, start, edges, workspace),
-            given=(edges,),
-            filled=(start, edges, workspace),
-        )
-
-    def route(self, slot, start, edges, k, routed):
-        sizes = (*slot.shape[:2], k, slot.shape[2])
-        self.run(
-            *("route", _double(routed), start, edges, *sizes, slot, slot.element_size(), routed),
-            given=(routed,),
-            filled=(routed,),
-        )
-
-    def dense_gradient(self, x, sums, degrees, start, edges, k, constant, dense, grad_x):
-        sizes = (*x.shape[:2], k, x.shape[2])
-        self.run(
-            *("dense_gradient", _double(x), start, edges, *sizes, x, sums, degrees, constant, dense, grad_x),
-            given=(grad_x,),
-            filled=(dense, grad_x),
-        )
-
-
-def _double(x: Tensor) -> int:
-    return int(x.dtype == torch.float64)
 
 
 def layer(
@@ -152,7 +89,7 @@ LARGE = {
 def run(device: Device, case: SimpleNamespace, order: tuple[int, int]) -> list[Tensor]:
     """out, the gradients of x, weight, gamma and beta, and the running statistics."""
     device.configure(*order)
-    leaves = Leaves(device)
+    leaves = ConvLeaves(device)
     x, weight, gamma, beta, mean, var = (None if t is None else t.clone() for t in case.tensors)
     out, *saved = orchestrator.forward(
         leaves, x, case.idx, weight, gamma, beta, mean, var, case.training, 0.1, 1e-5, 0.2, True
@@ -216,7 +153,7 @@ def test_moments_of_any_width(device, channels, dtype):
         torch.empty(2, 3, 2, channels, dtype=torch.float64),
     )
     device.configure(3, 2)
-    Leaves(device).moments(x, sums, degrees, gram, first)
+    ConvLeaves(device).moments(x, sums, degrees, gram, first)
     x, sums, (out, into) = x.double(), sums.double(), degrees.double()[..., None]
     for found, left in zip(gram.double().sum(1).unbind(1), (into * x, sums, out * x), strict=True):
         torch.testing.assert_close(found, left.transpose(1, 2) @ x, rtol=1e-5, atol=1e-4)

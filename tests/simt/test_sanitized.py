@@ -17,6 +17,7 @@ from simt_harness import sanitizer_environment
         "test_knn.py",
         "test_gather.py",
         "test_edge_conv.py",
+        "test_edge_conv2.py",
         "test_nt_xent.py",
         "test_conv_bn_act_pool.py",
     ],

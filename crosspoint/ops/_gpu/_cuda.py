@@ -8,6 +8,7 @@ from crosspoint.ops import _library
 
 __all__ = ["LEAVES", "Leaves", "has_leaves"]
 
+_TILES = "Tensor nodes, Tensor idx, Tensor gain, Tensor shift"
 # operator -> schemas of its leaves, without the prefix
 LEAVES = {
     "conv_bn_act_pool": (
@@ -50,7 +51,21 @@ LEAVES = {
         "finish(Tensor partial, Tensor z, Tensor other, Tensor? partner, Tensor pull, Tensor factors, int first_row, "
         "Tensor(a!) dz) -> ()",
     ),
+    "edge_conv2": (
+        f"edge_max({_TILES}, Tensor weight, Tensor? gamma, float negative_slope, int product, Tensor(a!) winner, "
+        "Tensor(b!)? slot, Tensor(c!) sums) -> ()",
+        "activate(Tensor winner, Tensor degrees, Tensor scale, Tensor shift, float negative_slope, "
+        "Tensor(a!) out) -> ()",
+        f"own_gradient({_TILES}, Tensor g, Tensor slot, float negative_slope, int product, Tensor rows, Tensor q, "
+        "Tensor(a!) routed, Tensor(b!) sums) -> ()",
+        f"neighbour_gradient({_TILES}, Tensor g, Tensor slot, float negative_slope, int product, Tensor rows, "
+        "Tensor q, Tensor start, Tensor edges, Tensor(a!) runs) -> ()",
+        "add_runs(Tensor runs, Tensor start, int k, Tensor(a!) routed) -> ()",
+        f"edge_products({_TILES}, Tensor g, Tensor slot, float negative_slope, int product, Tensor(a!) out) -> ()",
+    ),
 }
+# operator -> the one whose leaves it calls beside its own
+BORROWS = {"edge_conv2": "edge_conv"}
 
 for _op, _schemas in LEAVES.items():
     for _schema in _schemas:
@@ -58,16 +73,22 @@ for _op, _schemas in LEAVES.items():
 
 
 def has_leaves(op: str) -> bool:
-    """Whether the compiled library has CUDA kernels for all of them."""
-    names = (schema.partition("(")[0] for schema in LEAVES.get(op, ()))
-    return op in LEAVES and all(_library.has_kernel(f"_{op}_{name}", "cuda") for name in names)
+    """Whether the compiled library has CUDA kernels for all of them, those that it borrows included."""
+    if op not in LEAVES or not all(_library.has_kernel(f"_{op}_{name}", "cuda") for name in _names(op)):
+        return False
+    return op not in BORROWS or has_leaves(BORROWS[op])
+
+
+def _names(op: str) -> list[str]:
+    return [schema.partition("(")[0] for schema in LEAVES[op]]
 
 
 class Leaves:
-    """`Leaves(op).NAME` is operator crosspoint::_OP_NAME."""
+    """`Leaves(op).NAME` is operator crosspoint::_OP_NAME, or that of the operator from which it borrows."""
 
     def __init__(self, op: str) -> None:
         self._op = op
 
     def __getattr__(self, name: str):
-        return getattr(torch.ops.crosspoint, f"_{self._op}_{name}").default
+        owner = self._op if name in _names(self._op) else BORROWS[self._op]
+        return getattr(torch.ops.crosspoint, f"_{owner}_{name}").default

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT_CHANNELS", "product"]
+from crosspoint.kernels._precision import PRODUCTS, product_of
+
+__all__ = ["EXACT_CHANNELS", "product", "product_of_tiles"]
 
 EXACT_CHANNELS = 8  # up to here x holds coordinates: a product in less than float32 would move points
 
@@ -28,3 +30,8 @@ def product(left: Tensor, right: Tensor, channels: int, *, rounded: bool = False
             return torch.mm(left, right, out_dtype=torch.float32)
         return left.float() @ right.float()
     return left @ right
+
+
+def product_of_tiles(dtype: torch.dtype, rounded: bool) -> int:
+    """How kernels multiply tiles of `dtype` on the chip, a place in `PRODUCTS`; `rounded` as above."""
+    return PRODUCTS.index("bf16" if rounded and dtype == torch.float32 else product_of(dtype))

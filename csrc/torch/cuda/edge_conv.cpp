@@ -87,7 +87,7 @@ void winner_gradient(const Tensor& grad, const Tensor& winner, const Tensor& deg
     const cuda::EdgeConvGradientArgs<T> args{
         winner.size(0), winner.size(1),  winner.size(2),       sums.size(2),  data<T>(grad),
         data<T>(winner), data<int32_t>(degrees), data<T>(scale), data<T>(shift), negative_slope,
-        mutable_data<T>(routed), mutable_data<double>(sums)};
+        mutable_data<T>(routed), routed.size(2), mutable_data<double>(sums)};
     throw_if_failed(cuda::edge_conv_winner_gradient(args, device.stream()), "edge_conv: winner_gradient");
   });
 }

@@ -88,7 +88,8 @@ struct EdgeConvGradientArgs {
   const T* scale;
   const T* shift;
   double negative_slope;
-  T* routed;     // (batch, n, 2 channels): its second half becomes g = grad leaky'(z), 0 for nodes without edges
+  T* routed;       // (batch, n, stride): its last channels become g = grad leaky'(z), 0 for nodes without edges
+  int64_t stride;  // channels or more
   double* sums;  // (2, batch, parts, channels): of g, of g winner
 };
 cudaError_t edge_conv_winner_gradient(const EdgeConvGradientArgs<float>&, cudaStream_t);

@@ -1,0 +1,73 @@
+"""The leaves of edge_conv in CUDA C++, run by the harness for its orchestrator and edge_conv2's."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from simt_leaves import SimtLeaves
+
+
+class ConvLeaves(SimtLeaves):
+    """The leaves of csrc/torch/cuda/edge_conv.cpp."""
+
+    def degrees(self, idx, degrees):
+        self.run("degrees", idx, *idx.shape, degrees, given=(degrees,), filled=(degrees,))
+
+    def centre(self, x, degrees, centre):
+        self.run("centre", _double(x), *x.shape, x, degrees, centre, filled=(centre,))
+
+    def subtract(self, x, centre, degrees, out):
+        self.run("subtract", _double(x), *x.shape, x, centre, degrees, out, filled=(out,))
+
+    def neighbor_sum(self, x, idx, out):
+        self.run("neighbor_sum", _double(x), idx, *idx.shape, x.shape[2], x, out, filled=(out,))
+
+    def moments(self, x, sums, degrees, gram, first):
+        sizes = (*x.shape, gram.shape[1])
+        self.run("moments", _double(x), *sizes, x, sums, degrees, gram, first, filled=(gram, first))
+
+    def gather_max(self, nodes, idx, gamma, scale, shift, negative_slope, out, winner, slot):
+        self.run(
+            *("gather_max", _double(nodes), idx, *idx.shape, out.shape[2], nodes, gamma, scale, shift),
+            *(float(negative_slope), out, winner, slot, 1 if slot is None else slot.element_size()),
+            filled=(out, winner, slot),
+        )
+
+    def winner_gradient(self, grad, winner, degrees, scale, shift, negative_slope, routed, sums):
+        sizes = (*winner.shape, sums.shape[2])
+        arrays = (grad, winner, degrees, scale, shift, float(negative_slope), routed, routed.shape[2], sums)
+        self.run("winner_gradient", _double(winner), *sizes, *arrays, given=(routed,), filled=(routed, sums))
+
+    def reverse_graph(self, idx, start, edges):
+        sizes = (*idx.shape, start.shape[1] - 1)
+        size = self.device.library.reverse_graph_bytes(None, *map(ctypes.c_int64, sizes))
+        workspace = torch.empty(size, dtype=torch.uint8)
+        edges.zero_()  # what lies after the last edge is not defined, and is copied with the rest
+        self.run(
+            *("turn_graph", idx, *sizes, start, edges, workspace),
+            given=(edges,),
+            filled=(start, edges, workspace),
+        )
+
+    def route(self, slot, start, edges, k, routed):
+        sizes = (*slot.shape[:2], k, slot.shape[2])
+        self.run(
+            *("route", _double(routed), start, edges, *sizes, slot, slot.element_size(), routed),
+            given=(routed,),
+            filled=(routed,),
+        )
+
+    def dense_gradient(self, x, sums, degrees, start, edges, k, constant, dense, grad_x):
+        sizes = (*x.shape[:2], k, x.shape[2])
+        self.run(
+            *("dense_gradient", _double(x), start, edges, *sizes, x, sums, degrees, constant, dense, grad_x),
+            given=(grad_x,),
+            filled=(dense, grad_x),
+        )
+
+
+def _double(x: Tensor) -> int:
+    return int(x.dtype == torch.float64)
