@@ -14,23 +14,30 @@ from torch import Tensor
 from crosspoint.kernels._common import device_of, rows_of_program
 from crosspoint.kernels._edge_conv_tiles import CENTRE, GATHER, MOMENTS, MOMENTS_DOUBLE, PASS, choose, grid_of
 from crosspoint.kernels.edge_conv_backward import dense_gradient, reverse_graph, route, winner_gradient
+from crosspoint.kernels.edge_layer import affine, input_terms, norm, norm_gradient, sum_parts, weight_gradient
 from crosspoint.kernels.neighbor_sum import sum_kernel
 
 __all__ = [
+    "affine",
     "centre",
     "centre_kernel",
     "degrees",
     "degrees_kernel",
     "dense_gradient",
     "gather_max",
+    "input_terms",
     "max_kernel",
     "moments",
     "moments_kernel",
     "neighbor_sum",
+    "norm",
+    "norm_gradient",
     "reverse_graph",
     "route",
     "subtract",
     "subtract_kernel",
+    "sum_parts",
+    "weight_gradient",
     "winner_gradient",
 ]
 

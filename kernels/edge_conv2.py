@@ -24,6 +24,7 @@ from crosspoint.kernels.edge_conv import (
     neighbor_sum,
     reverse_graph,
     subtract,
+    sum_parts,
     winner_gradient,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "reverse_graph",
     "runs_kernel",
     "subtract",
+    "sum_parts",
     "winner_gradient",
 ]
 

@@ -22,6 +22,13 @@ __device__ __forceinline__ int sum_before(int value, int& total) {
   return sum - value;
 }
 
+// Sum over the warp, the same in every lane.
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
+  return value;
+}
+
 // lengths[b], kept in [0, most] whatever it is; most where there are no lengths.
 __device__ __forceinline__ int64_t clamped(const int64_t* lengths, int64_t b, int64_t most) {
   if (lengths == nullptr) return most;

@@ -62,6 +62,20 @@ TUNED = {
         "conv_moments<double, 1>": (256, 4),
         "conv_moments<double, 2>": (256, 3),
     },
+    "edge_layer.cu": {
+        f"layer_{name}<{T}>": (threads, 4)
+        for name, threads in (
+            *(
+                ("sum_parts", 256),
+                ("norm", 128),
+                ("affine", 256),
+                ("norm_gradient", 128),
+                ("input_terms", 256),
+            ),
+            ("weight_gradient", 128),
+        )
+        for T in ("float", "double")
+    },
     "edge_conv_backward.cu": {
         **{f"conv_winner_gradient<{T}>": (256, 4) for T in ("float", "double")},
         "conv_dense_gradient<float>": (256, 5),

@@ -25,6 +25,7 @@ LISTS = (
     "knn_variants",
     "gather_variants",
     "edge_conv_variants",
+    "edge_layer_variants",
     "edge_conv2_variants",
     "conv_bn_act_pool_variants",
     "nt_xent_variants",

@@ -11,7 +11,7 @@ from simt_leaves import SimtLeaves
 
 
 class ConvLeaves(SimtLeaves):
-    """The leaves of csrc/torch/cuda/edge_conv.cpp."""
+    """The leaves of csrc/torch/cuda/edge_conv.cpp and edge_layer.cpp."""
 
     def degrees(self, idx, degrees):
         self.run("degrees", idx, *idx.shape, degrees, given=(degrees,), filled=(degrees,))
@@ -28,6 +28,63 @@ class ConvLeaves(SimtLeaves):
     def moments(self, x, sums, degrees, gram, first):
         sizes = (*x.shape, gram.shape[1])
         self.run("moments", _double(x), *sizes, x, sums, degrees, gram, first, filled=(gram, first))
+
+    def sum_parts(self, gram, first, moments):
+        sizes = (*gram.shape[:2], gram.shape[3])
+        self.run("sum_parts", _double(gram), *sizes, gram, first, moments, filled=(moments,))
+
+    def norm(self, moments, weight, gamma, beta, signs, running_mean, running_var, *rest):
+        centre, edges, momentum, eps, *filled = rest
+        running = (running_mean, running_var)
+        sizes = (len(centre), weight.shape[1] // 2, len(weight))
+        self.run(
+            *("norm", _double(weight), *sizes, moments, weight, gamma, beta, int(signs), *running),
+            *(0 if running_mean is None else _double(running_mean), centre, edges, momentum, eps, *filled),
+            given=running,
+            filled=(*running, *filled),
+        )
+
+    def affine(self, gamma, beta, signs, rstd, offset, *filled):
+        self.run(
+            *("affine", _double(filled[0]), *offset.shape, gamma, beta, int(signs), rstd, offset, *filled),
+            filled=filled,
+        )
+
+    def norm_gradient(self, partial, gamma, signs, offset, rstd, edges, *filled):
+        self.run(
+            *("norm_gradient", _double(filled[0]), *partial.shape[1:], partial, gamma, int(signs), offset),
+            *(rstd, edges, *filled),
+            filled=filled,
+        )
+
+    def input_terms(self, weight, gamma, signs, rstd, mean_term, slope_term, *filled):
+        sizes = (0 if mean_term is None else len(mean_term), weight.shape[1] // 2, len(weight))
+        self.run(
+            *("input_terms", _double(weight), *sizes, weight, gamma, int(signs), rstd, mean_term, slope_term),
+            *filled,
+            filled=filled,
+        )
+
+    def weight_gradient(self, sparse, weight, gamma, signs, rstd, centre, edges, *rest):
+        mean_term, slope_term, moments, total, grad = rest
+        sizes = (len(centre), weight.shape[1] // 2, len(weight))
+        self.run(
+            *(
+                "weight_gradient",
+                _double(weight),
+                *sizes,
+                sparse,
+                weight,
+                gamma,
+                int(signs),
+                rstd,
+                centre,
+                edges,
+            ),
+            *(mean_term, slope_term, moments, total, grad),
+            given=(total,),
+            filled=(total, grad),
+        )
 
     def gather_max(self, nodes, idx, gamma, scale, shift, negative_slope, out, winner, slot):
         self.run(

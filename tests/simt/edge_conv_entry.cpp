@@ -1,5 +1,6 @@
 // The leaves of csrc/cuda/edge_conv*.cu for ctypes, with the arguments of the operators that bind them.
 #include "crosspoint/cuda/edge_conv.h"
+#include "crosspoint/cuda/edge_layer.h"
 #include "crosspoint/cuda/reverse_graph.h"
 
 using namespace crosspoint;
@@ -56,6 +57,80 @@ int moments(int64_t is_double, int64_t batch, int64_t n, int64_t channels, int64
     return edge_conv_moments(EdgeConvMomentsArgs<T>{batch, n, channels, parts, static_cast<const T*>(x),
                                                     static_cast<const T*>(sums), degrees, static_cast<T*>(gram), first},
                              nullptr);
+  });
+}
+
+int sum_parts(int64_t is_double, int64_t batch, int64_t parts, int64_t channels, const void* gram, const double* first,
+              double* moments) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_sum_parts(
+        EdgeSumPartsArgs<T>{batch, parts, channels, static_cast<const T*>(gram), first, moments}, nullptr);
+  });
+}
+
+int norm(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const double* moments,
+         const void* weight, const void* gamma, const void* beta, int64_t signs, void* running_mean, void* running_var,
+         int64_t running_double, const void* centre, const double* edges, double momentum, double eps, void* halves,
+         double* offset, double* rstd, void* scale, void* shift) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_norm(
+        EdgeNormArgs<T>{{batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
+                        moments, edges, static_cast<const T*>(centre), static_cast<const T*>(beta), running_mean, running_var,
+                        running_double, momentum, eps, static_cast<T*>(halves), offset, rstd, static_cast<T*>(scale),
+                        static_cast<T*>(shift)},
+        nullptr);
+  });
+}
+
+int affine(int64_t is_double, int64_t batch, int64_t channels, const void* gamma, const void* beta, int64_t signs,
+           const double* rstd, const double* offset, void* scale, void* shift) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_affine(EdgeAffineArgs<T>{batch, channels, static_cast<const T*>(gamma), static_cast<const T*>(beta), signs,
+                                         rstd, offset, static_cast<T*>(scale), static_cast<T*>(shift)},
+                       nullptr);
+  });
+}
+
+int norm_gradient(int64_t is_double, int64_t batch, int64_t parts, int64_t channels, const double* partial,
+                  const void* gamma, int64_t signs, const double* offset, const double* rstd, const double* edges,
+                  void* grad_gamma, void* grad_beta, double* sum, double* mean_term, double* slope_term) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_norm_gradient(
+        EdgeNormGradientArgs<T>{batch, parts, channels, partial, static_cast<const T*>(gamma), signs, offset, rstd, edges,
+                                static_cast<T*>(grad_gamma), static_cast<T*>(grad_beta), sum, mean_term, slope_term},
+        nullptr);
+  });
+}
+
+int input_terms(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const void* weight,
+                const void* gamma, int64_t signs, const double* rstd, const double* mean_term, const double* slope_term,
+                void* halves, void* constant, void* square) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_input_terms(
+        EdgeInputTermsArgs<T>{
+            {batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
+            rstd, mean_term, slope_term, static_cast<T*>(halves), static_cast<T*>(constant), static_cast<T*>(square)},
+        nullptr);
+  });
+}
+
+int weight_gradient(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const void* sparse,
+                    const void* weight, const void* gamma, int64_t signs, const double* rstd, const void* centre,
+                    const double* edges, const double* mean_term, const double* slope_term, const double* moments,
+                    double* sum, void* grad) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_weight_gradient(
+        EdgeWeightGradientArgs<T>{
+            {batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
+            static_cast<const T*>(sparse), rstd, static_cast<const T*>(centre), edges, mean_term, slope_term, moments, sum,
+            static_cast<T*>(grad)},
+        nullptr);
   });
 }
 

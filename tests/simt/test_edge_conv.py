@@ -23,7 +23,7 @@ ORDERS = {"plain": [(0, 1), (1, 2), (2, 1)], "watch": [(0, 1), (4, 2)], "sanitiz
 @pytest.fixture(scope="module", params=builds_here())
 def device(request):
     cuda = ROOT / "csrc" / "cuda"
-    names = ("edge_conv", "edge_conv_backward", "reverse_graph", "radix_sort")
+    names = ("edge_conv", "edge_conv_backward", "edge_layer", "reverse_graph", "radix_sort")
     sources = [Path(__file__).with_name("edge_conv_entry.cpp"), *(cuda / f"{name}.cu" for name in names)]
     device = Device(sources, request.param)
     device.library.reverse_graph_bytes.restype = ctypes.c_int64

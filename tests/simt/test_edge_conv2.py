@@ -25,6 +25,7 @@ def device(request):
         "edge_conv2_backward",
         "edge_conv",
         "edge_conv_backward",
+        "edge_layer",
         "reverse_graph",
         "radix_sort",
     )

@@ -32,6 +32,20 @@ LEAVES = {
         "subtract(Tensor x, Tensor centre, Tensor degrees, Tensor(a!) out) -> ()",
         "neighbor_sum(Tensor x, Tensor idx, Tensor(a!) out) -> ()",
         "moments(Tensor x, Tensor sums, Tensor degrees, Tensor(a!) gram, Tensor(b!) first) -> ()",
+        "sum_parts(Tensor gram, Tensor first, Tensor(a!) moments) -> ()",
+        "norm(Tensor? moments, Tensor weight, Tensor? gamma, Tensor? beta, bool signs, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, Tensor centre, Tensor edges, float momentum, float eps, Tensor(c!) halves, "
+        "Tensor(d!) offset, Tensor(e!) rstd, Tensor(f!) scale, Tensor(g!) shift) -> ()",
+        "affine(Tensor? gamma, Tensor? beta, bool signs, Tensor rstd, Tensor offset, Tensor(a!) scale, "
+        "Tensor(b!) shift) -> ()",
+        "norm_gradient(Tensor partial, Tensor? gamma, bool signs, Tensor offset, Tensor rstd, Tensor edges, "
+        "Tensor(a!) grad_gamma, Tensor(b!) grad_beta, Tensor(c!) sum, Tensor(d!) mean_term, "
+        "Tensor(e!) slope_term) -> ()",
+        "input_terms(Tensor weight, Tensor? gamma, bool signs, Tensor rstd, Tensor? mean_term, Tensor? slope_term, "
+        "Tensor(a!) halves, Tensor(b!)? constant, Tensor(c!)? square) -> ()",
+        "weight_gradient(Tensor sparse, Tensor weight, Tensor? gamma, bool signs, Tensor rstd, Tensor centre, "
+        "Tensor edges, Tensor? mean_term, Tensor? slope_term, Tensor? moments, Tensor(a!) sum, "
+        "Tensor(b!) grad) -> ()",
         "gather_max(Tensor nodes, Tensor idx, Tensor? gamma, Tensor scale, Tensor shift, float negative_slope, "
         "Tensor(a!) out, Tensor(b!)? winner, Tensor(c!)? slot) -> ()",
         "winner_gradient(Tensor grad, Tensor winner, Tensor degrees, Tensor scale, Tensor shift, float negative_slope, "

@@ -7,6 +7,8 @@ D = B - A. `weight` stands for [A | D], (C_out, 2 C_in) float64; edge_conv signs
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ __all__ = [
     "input_gradients",
     "norm_gradients",
     "norm_of_edges",
+    "parameters",
+    "running_statistics",
     "sign_of",
     "split_weight",
     "statistics_of",
@@ -46,6 +50,28 @@ class Graph(NamedTuple):
         edges = idx.new_empty((batch, n * k), dtype=torch.int32)
         leaves.reverse_graph(idx, start, edges)
         return cls(idx, degrees, start, edges)
+
+
+def parameters(dtype: torch.dtype, *given: Tensor | None) -> list[Tensor | None]:
+    """In the dtype that is computed in, contiguous."""
+    return [None if t is None else t.to(dtype).contiguous() for t in given]
+
+
+@contextmanager
+def running_statistics(
+    gamma: Tensor | None, mean: Tensor | None, var: Tensor | None
+) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Running mean and variance as kernels take them, float32 or float64; what is written to copies is copied back."""
+    if gamma is None or mean is None or var is None:
+        yield None, None
+        return
+    known = mean.dtype == var.dtype and mean.dtype in (torch.float32, torch.float64)
+    dtype = mean.dtype if known else torch.float64
+    kept = mean.to(dtype).contiguous(), var.to(dtype).contiguous()
+    yield kept
+    for own, values in zip((mean, var), kept, strict=True):
+        if own is not values:
+            own.copy_(values)
 
 
 def sign_of(gamma: Tensor | None) -> Tensor | float:
@@ -76,9 +102,9 @@ def edge_moments(leaves: ModuleType, centred: Tensor, sums: Tensor, degrees: Ten
     gram = centred.new_empty((batch, parts, 3, channels, channels))
     first = centred.new_empty((batch, parts, 2, channels), dtype=torch.float64)
     leaves.moments(centred, sums, degrees, gram, first)
-    other, mixed, own = gram.sum((0, 1), dtype=torch.float64)
-    rows = [torch.cat([other, mixed], 1), torch.cat([mixed.t(), own], 1)]
-    return torch.cat([*rows, first.sum(1).flatten(1)])
+    moments = centred.new_empty((2 * channels + batch, 2 * channels), dtype=torch.float64)
+    leaves.sum_parts(gram, first, moments)
+    return moments
 
 
 def statistics_of(

@@ -1,6 +1,7 @@
 """EdgeConv on a GPU: statistics from sums in input space, then one gather. docs/derivations/edge_conv.md derives it.
 
-Everything is signed by gamma, so that every maximum is a maximum, and centred cloud by cloud: see `_edge_layer`.
+Everything is signed by gamma, so that every maximum is a maximum, and centred cloud by cloud: with x_j = t + x'_j an
+edge carries h = U_j + V_i + B t, and [U | V] = x' [A | D]^T, D = B - A. Products run through torch, all else in leaves.
 """
 
 from __future__ import annotations
@@ -11,17 +12,7 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops._checks import check_graph, compute_dtype
-from crosspoint.ops._gpu._edge_layer import (
-    Graph,
-    affine,
-    edge_moments,
-    input_gradients,
-    norm_gradients,
-    norm_of_edges,
-    sign_of,
-    split_weight,
-    statistics_of,
-)
+from crosspoint.ops._gpu._edge_layer import Graph, edge_moments, edges_of, parameters, running_statistics
 from crosspoint.ops._gpu._products import product
 
 __all__ = ["backward", "forward"]
@@ -61,42 +52,32 @@ def forward(
             return _nothing(x, out, winner, slot, degrees, centre, training and backward)
         check_graph("edge_conv", idx, n)
 
+        # As autocast leaves them. A layer that is bfloat16 throughout is widened.
+        rounded = given == torch.bfloat16 and weight.dtype == torch.float32
         x, idx = x.to(dtype).contiguous(), idx.contiguous()
+        weight, gamma, beta = parameters(dtype, weight, gamma, beta)
         leaves.degrees(idx, degrees)
         leaves.centre(x, degrees, centre)
         centred = torch.empty_like(x)
         leaves.subtract(x, centre, degrees, centred)
-        sign = sign_of(gamma)
-        signed, own = split_weight(weight, sign)  # (C_out, 2 C_in), (C_out, C_in)
-        constant = centre.double() @ own.t()  # (B, C_out), h of an edge from the centre to itself
-        sums, moments = x.new_empty(0), x.new_empty(0, dtype=torch.float64)
-        statistics = None
+        sums, moments = x.new_empty(0), None
         if training:
             sums = torch.empty_like(x)
             leaves.neighbor_sum(centred, idx, sums)
             moments = edge_moments(leaves, centred, sums, degrees)
-            statistics = statistics_of(moments, signed, constant, degrees)
-        offset, rstd = norm_of_edges(
-            constant, statistics, gamma, running_mean, running_var, sign, momentum, eps
-        )
-        scale, shift = affine(None if gamma is None else gamma.abs(), beta, rstd, offset)
-
-        halves = torch.cat([signed[:, :c_in], signed[:, c_in:]]).to(dtype)  # (2 C_out, C_in)
-        # As autocast leaves them. A layer that is bfloat16 throughout is widened.
-        rounded = given == torch.bfloat16 and weight.dtype == torch.float32
+        halves = x.new_empty((2 * c_out, c_in))
+        offset = x.new_empty((batch, c_out), dtype=torch.float64)
+        rstd = x.new_empty(c_out, dtype=torch.float64)
+        scale, shift = x.new_empty(c_out), x.new_empty((batch, c_out))
+        with running_statistics(gamma, running_mean, running_var) as running:
+            leaves.norm(
+                *(moments, weight, gamma, beta, True, *running, centre, edges_of(degrees), momentum, eps),
+                *(halves, offset, rstd, scale, shift),
+            )
         products = product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)  # (B N, 2 C_out)
-        leaves.gather_max(
-            products,
-            idx,
-            None if gamma is None else gamma.to(dtype).contiguous(),
-            scale.to(dtype),
-            shift.to(dtype),
-            negative_slope,
-            out,
-            winner if backward else None,
-            slot if backward else None,
-        )
-        if not backward:
+        kept = (winner, slot) if backward else (None, None)
+        leaves.gather_max(products, idx, gamma, scale, shift, negative_slope, out, *kept)
+        if moments is None or not backward:
             sums, moments = x.new_empty(0), x.new_empty(0, dtype=torch.float64)
         in_sum = x.new_empty(0)
         return out.to(given), winner, slot, sums, in_sum, degrees, centre, offset, rstd, moments
@@ -150,7 +131,7 @@ def backward(
     the batch made the statistics. Leaves sum the first, edge by edge; the others go through sums over nodes.
     """
     with torch.autocast(x.device.type, enabled=False):
-        (batch, n, _), (c_out, c_in) = idx.shape, (weight.shape[0], x.shape[2])
+        (batch, n, k), (c_out, c_in) = idx.shape, (weight.shape[0], x.shape[2])
         training = training and gamma is not None
         dtype, given = compute_dtype(x), x.dtype
         if idx.numel() * x.numel() * c_out == 0:
@@ -159,45 +140,50 @@ def backward(
             return torch.zeros_like(x) if need_x else x.new_empty(0), grad_weight, *zeros
 
         x, idx = x.to(dtype).contiguous(), idx.contiguous()
-        scale, shift = affine(None if gamma is None else gamma.abs(), beta, rstd, offset)
+        weight, gamma, beta = parameters(dtype, weight, gamma, beta)
+        edges = edges_of(degrees)
+        scale, shift = x.new_empty(c_out), x.new_empty((batch, c_out))
+        leaves.affine(gamma, beta, True, rstd, offset, scale, shift)
         routed = x.new_empty((batch, n, 2 * c_out))  # scale times it: dU and dV, but for the dense terms
-        parts = -(-n // _GRADIENT_PART)
-        partial = x.new_empty((2, batch, parts, c_out), dtype=torch.float64)
+        partial = x.new_empty((2, batch, -(-n // _GRADIENT_PART), c_out), dtype=torch.float64)
         leaves.winner_gradient(
-            grad.to(dtype).contiguous(),
-            winner,
-            degrees,
-            scale.to(dtype),
-            shift.to(dtype),
-            negative_slope,
-            routed,
-            partial,
+            *(grad.to(dtype).contiguous(), winner, degrees, scale, shift, negative_slope, routed, partial)
         )
-        sum_g, sum_gh = partial.sum(2)  # (B, C_out), over the winners of each cloud
-        norm = norm_gradients(sum_g, sum_gh, offset, rstd, degrees, training)
-        sign = sign_of(gamma)
-        grad_gamma, grad_beta = x.new_empty(0), x.new_empty(0)
-        if gamma is not None:
-            grad_gamma, grad_beta = (sign * norm.gamma).to(dtype), norm.beta.to(dtype)
+        grad_gamma, grad_beta = (x.new_empty(0 if gamma is None else c_out) for _ in range(2))
+        sum_g, mean_term = torch.empty_like(offset), torch.empty_like(offset)
+        slope_term = torch.empty_like(rstd)
+        leaves.norm_gradient(
+            *(partial, gamma, True, offset, rstd, edges, grad_gamma, grad_beta, sum_g, mean_term, slope_term)
+        )
         if not (need_x or need_weight):
             return x.new_empty(0, dtype=given), x.new_empty(0), grad_gamma, grad_beta
 
         graph = Graph.turned(leaves, idx, degrees)
-        leaves.route(slot, graph.start, graph.edges, idx.shape[2], routed)
-        grad_x, grad_weight = input_gradients(
-            leaves,
-            routed,
-            x,
-            centre,
-            graph,
-            split_weight(weight, sign)[0],
-            scale,
-            norm,
-            out_sum,
-            moments,
-            need_x,
-            need_weight,
-        )
-        if need_weight and gamma is not None:
-            grad_weight = grad_weight * sign[:, None]
-        return grad_x.to(given), grad_weight.to(dtype), grad_gamma, grad_beta
+        leaves.route(slot, graph.start, graph.edges, k, routed)
+        centred = torch.empty_like(x)
+        leaves.subtract(x, centre, degrees, centred)
+        routed = routed.view(-1, 2 * c_out)
+        if not training:
+            mean_term = slope_term = moments = None
+        grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
+        if need_x:
+            halves, constant, square = x.new_empty((2 * c_out, c_in)), None, None
+            if training:
+                constant, square = x.new_empty((batch, 2 * c_in)), x.new_empty((4 * c_in, c_in))
+            leaves.input_terms(weight, gamma, True, rstd, mean_term, slope_term, halves, constant, square)
+            grad_x = product(routed, halves, c_in)  # (B N, C_in)
+            if training:
+                dense = x.new_empty((batch, n, 4 * c_in))  # d_j x_j, their neighbours' sum, P_i, k_i x_i
+                leaves.dense_gradient(
+                    *(centred, out_sum, degrees, graph.start, graph.edges, k, constant, dense, grad_x)
+                )
+                grad_x = grad_x - product(dense.view(-1, 4 * c_in), square, c_in)
+            grad_x = grad_x.view(batch, n, c_in)
+        if need_weight:
+            sparse = product(routed.t(), centred.view(-1, c_in), c_in)  # (2 C_out, C_in)
+            grad_weight = x.new_empty((c_out, 2 * c_in))
+            leaves.weight_gradient(
+                *(sparse, weight, gamma, True, rstd, centre, edges, mean_term, slope_term, moments),
+                *(sum_g, grad_weight),
+            )
+        return grad_x.to(given), grad_weight, grad_gamma, grad_beta
