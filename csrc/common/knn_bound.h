@@ -26,6 +26,12 @@ CROSSPOINT_HD static inline double filter_cut(const FilterBound& bound, double t
   return (reach * reach - bound.norm2) / 2 + bound.product;
 }
 
+// Scores up to t that differ by more than the result belong to distances that direct differences put in the same
+// order: the cut lies farther from t the larger t is (by the roundings of larger distances, and twice e more).
+CROSSPOINT_HD static inline double filter_gap(const FilterBound& bound, double t) {
+  return filter_cut(bound, t, INFINITY) - t;
+}
+
 // Squared norms of one point as it is split in two bfloat16 values, x" = hi + lo.
 struct SplitSize {
   float norm2, lost2, low2, unused;  // of hi + lo; of what rounding lost; of lo

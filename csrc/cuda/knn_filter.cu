@@ -1,8 +1,8 @@
 // Points are centred and split in two bfloat16 values, x = hi + lo; hi hi' + hi lo' + lo hi' on the tensor cores
 // gives scores with a proven error (common/knn_bound.h). Blocks of 32 queries keep the scores of a chunk of points
 // in shared memory: minima of groups bound the k-th score, the points within the bound are listed, cut again by the
-// k-th of their own scores, and what is left is compared by direct differences. Rows whose candidates do not fit
-// the list, and clouds that are not finite, go through all points instead.
+// k-th of their own scores, and those whose scores are too close to tell their order are compared by direct
+// differences. Rows whose candidates do not fit the list, and clouds that are not finite, go through all points.
 #include "cuda/knn_filter.h"
 
 #include "common/knn_bound.h"
@@ -153,20 +153,26 @@ __global__ void __launch_bounds__(kPackThreads) filter_pack(Search<float> search
     for (int m = 0; m < 3; ++m) atomicMax(&f.most[b * 4 + m], __float_as_uint(most[m]));
 }
 
-// The first number after the largest score that one of the k nearest of a query may have, given that k points have
-// scores up to `score`; NaN where scores say nothing. Apart, for its double precision takes many registers.
-__device__ __noinline__ float beyond_cut(const uint32_t* most_of_cloud, const SplitSize* size_of_query, int channels,
-                                         float score) {
+// What scores up to some number say of a query's points.
+struct Trust {
+  float beyond;  // given that k points have scores up to it: the first that none of the k nearest has; NaN: nothing
+  float gap;     // scores up to it that differ by more are in the order of their distances
+};
+
+// Apart, for its double precision takes many registers.
+__device__ __noinline__ Trust trust(const uint32_t* most_of_cloud, const SplitSize* size_of_query, int channels,
+                                    float score) {
   const SplitSize most{__uint_as_float(most_of_cloud[0]), __uint_as_float(most_of_cloud[1]),
                        __uint_as_float(most_of_cloud[2]), 0};
   const SplitSize size = *size_of_query;
   constexpr float too_large = 3.4e38f / 64;
-  if (!(most.norm2 < too_large && size.norm2 < too_large && score < infinity<float>())) return missing<float>;
+  if (!(most.norm2 < too_large && size.norm2 < too_large && score < infinity<float>()))
+    return {missing<float>, infinity<float>()};
   const FilterBound bound = split_bound(size, most, channels);
   const float cut = static_cast<float>(filter_cut(bound, score, INFINITY));
+  const float gap = static_cast<float>(filter_gap(bound, score) * (1 + 1e-6));  // more than float32 may round away
   const uint32_t bits = __float_as_uint(cut);
-  if (cut == 0) return __uint_as_float(1);
-  return __uint_as_float(cut > 0 ? bits + 1 : bits - 1);
+  return {__uint_as_float(cut == 0 ? 1u : cut > 0 ? bits + 1 : bits - 1), gap};
 }
 
 // The squared distance of a point to a query, summed by a team of lanes: channels in fours go round the team.
@@ -212,6 +218,46 @@ __device__ __forceinline__ void compare_directly(const Directly& rows, Neighbour
     if (i < count && lane_id() % kTeam == 0) keys[i] = NeighbourKey<float>::of(distance, j);
   }
   __syncwarp();
+}
+
+// Writes the first `wanted` of `count` points, at most 64, that are listed by score and may be among the nearest.
+// Places between which the scores do not decide make runs; only these are compared, unless distances are asked
+// for. The list has room for 128 keys.
+__device__ __forceinline__ void write_decided(const Directly& rows, NeighbourKey<float>* keys, int count, int wanted,
+                                              float gap, Row<float> row, int64_t at) {
+  using Key = NeighbourKey<float>;
+  using Places = unsigned long long;
+  const int lane = lane_id();
+  Places open = 0;  // bit i: places i and i + 1 may be the other way round
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int i = part * kWarp + lane;
+    const bool close = i + 1 < count && !(keys[i + 1].score() - keys[i].score() > gap);
+    open |= Places{__ballot_sync(kAllLanes, close)} << part * kWarp;
+  }
+  const Places compared = row.dist2 != nullptr ? ~Places{0} >> (2 * kWarp - count) : open | open << 1;
+  Key* listed = keys + 2 * kWarp;  // those that are compared: their places and indices
+  for (int i = lane; i < count; i += kWarp)
+    if (compared >> i & 1)
+      listed[__popcll(compared & ((Places{1} << i) - 1))] = {int64_t(i) << 32 | keys[i].index()};
+  __syncwarp();
+  const int total = __popcll(compared);
+  for (int first = 0; first < total; first += kWarp / kTeam) {
+    const int t = first + lane / kTeam;
+    const Key one = listed[t < total ? t : first];
+    const float distance = rows.distance(one.index());
+    if (t < total && lane % kTeam == 0) keys[one.bits >> 32] = Key::of(distance, one.index());
+  }
+  __syncwarp();
+  for (int i = lane; i < count; i += kWarp) {
+    const Places before = ~open & ((Places{1} << i) - 1);
+    const int begin = 2 * kWarp - __clzll(static_cast<long long>(before));
+    const int end = i + __ffsll(static_cast<long long>(~open >> i));
+    const Key key = keys[i];
+    int place = begin;
+    for (int other = begin; other < end; ++other) place += keys[other] < key;
+    if (place < wanted) row.write(at + place, key);
+  }
 }
 
 // Lists the nearest by going through all points; returns how many, sorted.
@@ -331,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 1) knn_filter(Search<float> search, 
           continue;
         }
         const float score = nth_of_groups(minima, nth, list);
-        const float limit = beyond_cut(most, sizes + q, channels, score);
+        const float limit = trust(most, sizes + q, channels, score).beyond;
         if (lane == 0) {
           count[q] = q < valid && limit == limit ? 0 : -1;
           beyond[q] = limit;
@@ -378,16 +424,16 @@ __global__ void __launch_bounds__(kThreads, 1) knn_filter(Search<float> search, 
     if (listed >= wanted) {
       // The wanted-th of their own scores is a better bound.
       sort_keys(list, listed);
-      const float limit = beyond_cut(most, sizes + q, channels, list[wanted - 1].score());
+      const Trust trusted = trust(most, sizes + q, channels, list[wanted - 1].score());
       int kept = wanted;
-      while (kept < listed && list[kept].score() < limit) ++kept;
+      while (kept < listed && list[kept].score() < trusted.beyond) ++kept;
       listed = kept;
       __syncwarp();
-      compare_directly(rows, list, listed);
       if (listed <= 2 * kWarp) {
-        write_ranked(list, listed, wanted, row, search.leading());
+        write_decided(rows, list, listed, wanted, trusted.gap, row, search.leading());
         continue;
       }
+      compare_directly(rows, list, listed);
       sort_keys(list, listed);
     } else {
       listed = list_all(rows, n, search.own(i), wanted, list, room);

@@ -43,19 +43,33 @@ __device__ __forceinline__ float nth_of_groups(float (&minima)[8], int n, Neighb
   return nth;
 }
 
-// Writes the first `wanted` of keys[0, count), at most 64, by counting for each how many precede it.
-__device__ __forceinline__ void write_ranked(const NeighbourKey<float>* keys, int count, int wanted, Row<float> row,
+// Writes the first `wanted` of keys[0, count), at most 64, by counting for each how many precede it: by distance, and
+// by index only where two are equal, which shows in the sum of the ranks. There is room for one key more.
+__device__ __forceinline__ void write_ranked(NeighbourKey<float>* keys, int count, int wanted, Row<float> row,
                                              int64_t at) {
   using Key = NeighbourKey<float>;
   const int lane = lane_id();
   const Key low = lane < count ? keys[lane] : Key::last();
   const Key high = lane + kWarp < count ? keys[lane + kWarp] : Key::last();
+  if (lane == 0) keys[count] = Key::last();  // what follows reads in pairs
+  __syncwarp();
   int rank_low = 0, rank_high = 0;
+  const uint32_t own_low = static_cast<uint32_t>(low.bits >> 32), own_high = static_cast<uint32_t>(high.bits >> 32);
+  const uint4* pairs = reinterpret_cast<const uint4*>(keys);  // index and distance, twice
   if (count <= kWarp) {
 #pragma unroll 4
-    for (int j = 0; j < count; ++j) rank_low += keys[j] < low;
+    for (int j = 0; 2 * j < count; ++j) rank_low += (pairs[j].y < own_low) + (pairs[j].w < own_low);
   } else {
-#pragma unroll 4
+#pragma unroll 2
+    for (int j = 0; 2 * j < count; ++j) {
+      const uint4 pair = pairs[j];
+      rank_low += (pair.y < own_low) + (pair.w < own_low);
+      rank_high += (pair.y < own_high) + (pair.w < own_high);
+    }
+  }
+  const int ranks = (lane < count ? rank_low : 0) + (lane + kWarp < count ? rank_high : 0);
+  if (__reduce_add_sync(kAllLanes, ranks) != count * (count - 1) / 2) {
+    rank_low = rank_high = 0;
     for (int j = 0; j < count; ++j) {
       const Key key = keys[j];
       rank_low += key < low;
