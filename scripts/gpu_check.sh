@@ -139,10 +139,10 @@ check() { stage "$1" "$2" "$python" -m benchmarks.gpu_check "$1" --device $devic
 stage install 30 bash -c install
 [ -x "$venv/bin/python" ] && python=$venv/bin/python
 stage build 240 bash -c build
-check environment 30
+check environment 60
 check behaviour 90 "${only[@]}"
 check speeds 120 --seconds 90 "${only[@]}"
-check paths 30
+check paths 60
 stage battery 170 bash -c battery &
 stage sanitizers 170 bash -c "only=(${only[*]}); sanitizers"
 wait
