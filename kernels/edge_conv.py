@@ -179,9 +179,10 @@ def moments_kernel(
     b_ii = tl.zeros([CHANNELS, CHANNELS], T)
     b_j = tl.zeros([CHANNELS], tl.float64)
     b_i = tl.zeros([CHANNELS], tl.float64)
-    for i_row in range(i_first, tl.minimum(i_first + PART, N), ROWS):
+    i_last = tl.minimum(i_first + PART, N)
+    for i_row in range(i_first, i_last, ROWS):
         o_row = i_row + tl.arange(0, ROWS)
-        m_row = o_row < N
+        m_row = o_row < i_last
         o_node = i_cloud * N + o_row
         m_left = (o_left < C)[:, None] & m_row[None, :]
         m_right = m_row[:, None] & (o_right < C)[None, :]

@@ -15,6 +15,7 @@ from crosspoint.ops import _dispatch, reference
 from op_tester import Call, OpTester, assert_close, compiled_backends, threads, usable_backends
 
 IMPLS = sorted(usable_backends("edge_conv", "cpu"))
+KERNELS = [impl for impl in IMPLS if impl != "reference"]
 
 
 def make(
@@ -98,6 +99,7 @@ class TestEdgeConv(OpTester):
             "no_norm": lambda: make(mode="no_norm"),
             "no_running_statistics": lambda: make(running=False),
             "several_blocks": lambda: make(2, 70, 20, 35, 130, seed=2),
+            "several_parts": lambda: make(2, 300, 3, 3, 6, seed=2),
             "one_cloud": lambda: make(1, 40, 8, 3, 64, seed=7),
             "many_clouds": lambda: make(19, 6, 3, 4, 16, seed=8),
             "missing_edges": lambda: make(2, 30, 6, missing=0.5, seed=9),
@@ -398,7 +400,8 @@ def float64_statistics(x: Tensor, idx: Tensor, weight: Tensor) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0, 1000.0])
 @pytest.mark.parametrize("per_cloud", [False, True])
-def test_float32_variance_far_from_the_origin(offset, per_cloud):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_float32_variance_far_from_the_origin(offset, per_cloud, impl):
     g = torch.Generator().manual_seed(0)
     shift = torch.rand(4, 1, 3, generator=g) if per_cloud else torch.ones(1, 1, 3)
     x = torch.randn(4, 300, 3, generator=g) * 0.4 + offset * shift
@@ -406,7 +409,7 @@ def test_float32_variance_far_from_the_origin(offset, per_cloud):
     weight = torch.randn(64, 6, generator=g)
     expected_mean, expected_var = float64_statistics(x, idx, weight)
     ones, mean, var = torch.ones(64), torch.zeros(64), torch.ones(64)
-    out = ops.edge_conv(x, idx, weight, ones, ones, mean, var, training=True, momentum=1.0, impl="native")
+    out = ops.edge_conv(x, idx, weight, ones, ones, mean, var, training=True, momentum=1.0, impl=impl)
     relative = ((var.double() - expected_var) / expected_var).abs().max().item()
     assert relative < 2e-6
     assert ((mean.double() - expected_mean) / expected_var.sqrt()).abs().max() < 1e-6 * max(offset, 1)
@@ -415,20 +418,21 @@ def test_float32_variance_far_from_the_origin(offset, per_cloud):
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluation", "no_norm"])
-def test_float32_gradients_far_from_the_origin(mode):
+@pytest.mark.parametrize("impl", KERNELS)
+def test_float32_gradients_far_from_the_origin(mode, impl):
     call = make(4, 200, 10, 3, 32, mode=mode, seed=12)
     call = change(
         call, 0, lambda x: x * 0.4 + 300 * torch.rand(4, 1, 3, generator=torch.Generator().manual_seed(1))
     )
     call = call.to(torch.float32)
     results = {}
-    for impl, dtype in (("native", torch.float32), ("reference", torch.float64)):
+    for backend, dtype in ((impl, torch.float32), ("reference", torch.float64)):
         fresh = call.clone().to(dtype)
         tensors = leaves(fresh)
-        out = ops.edge_conv(*fresh.args, **fresh.kwargs, impl=impl)
+        out = ops.edge_conv(*fresh.args, **fresh.kwargs, impl=backend)
         weights = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).cos().view_as(out)
-        results[impl] = torch.autograd.grad((out * weights).sum(), tensors)
-    for a, e in zip(results["native"], results["reference"], strict=True):
+        results[backend] = torch.autograd.grad((out * weights).sum(), tensors)
+    for a, e in zip(results[impl], results["reference"], strict=True):
         assert_close(a, e, 2e-5, mode)
 
 

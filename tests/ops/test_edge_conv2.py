@@ -107,6 +107,7 @@ class TestEdgeConv2(OpTester):
             # A norm cancels the scale of its only weight, but for eps: were that small, the gradient would be rounding.
             "one_channel_each": lambda: make(2, 30, 8, 1, 1, 1, eps=0.5, seed=7),
             "many_clouds": lambda: make(19, 6, 3, 4, 9, 16, seed=8),
+            "several_parts": lambda: make(1, 600, 2, 3, 4, 5, seed=8),
             "missing_edges": lambda: make(2, 30, 6, missing=0.5, seed=9),
             "missing_edges_evaluation": lambda: make(2, 30, 6, missing=0.5, mode="evaluation", seed=9),
             "missing_edges_no_norm": lambda: make(2, 30, 6, missing=0.5, mode="no_norm", seed=9),
