@@ -117,7 +117,10 @@ class Call(ctypes.Structure):
 
 @pytest.fixture(scope="module", params=builds_here())
 def device(request):
-    sources = [Path(__file__).with_name("knn_entry.cpp"), *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    kernels = [
+        ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("knn", "knn_filter", "knn_tree", "radix_sort")
+    ]
+    sources = [Path(__file__).with_name("knn_entry.cpp"), *kernels]
     device = Device(sources, request.param)
     device.library.knn_workspace_bytes.restype = ctypes.c_int64
     return device
