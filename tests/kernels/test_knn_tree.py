@@ -122,3 +122,15 @@ def test_exact(case):
     command = [sys.executable, "-c", PROGRAM + CASES[case]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_no_size_of_a_cloud_compiles_anything_anew():
+    """Of all kernels of k-NN: sizes are no constants, and no kernel depends on what divides them."""
+    import knn_variants
+
+    for variant in knn_variants.variants():
+        sizes = {parameter for parameter in variant.kernel.params if parameter.name in ("M", "N", "n_block")}
+        assert sizes, variant.name
+        assert all(parameter.do_not_specialize and not parameter.is_constexpr for parameter in sizes), (
+            variant.name
+        )
