@@ -23,7 +23,7 @@ from simt_harness import sanitizer_environment
     ],
 )
 def test_under_the_sanitizers(tests):
-    pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-o", "timeout=800"]
     ran = subprocess.run(
         [*pytest_here, Path(__file__).with_name(tests)],
         cwd=Path(__file__).parents[2],
