@@ -303,7 +303,9 @@ def test_half_types_are_widened(backend, loss, dtype):
     wide = evaluate(loss, backend[0], z1.float(), z2.float(), 0.125)
     assert half[0].dtype == torch.float32
     if backend != ("native", "cpu"):
-        assert_all_close(half[::3], wide[::3], 1e-5)
+        torch.testing.assert_close(half[0], wide[0], rtol=1e-5, atol=0)
+        once_rounded = 1e-5 + torch.finfo(dtype).eps / 2  # a temperature's gradient has its dtype
+        torch.testing.assert_close(half[3].float(), wide[3], rtol=once_rounded, atol=0)
         assert_all_close(half, wide, TOLERANCE[dtype])
         return
     for a, b in zip(half, wide, strict=True):
