@@ -160,13 +160,7 @@ def norm_kernel(
     for i_cloud in range(0, clouds, CLOUDS):
         o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
         m_cloud = o_cloud < clouds
-        b_constant = tl.zeros([CLOUDS], tl.float64)
-        for i_column in range(0, C, COLUMNS):
-            o_column = i_column + tl.arange(0, COLUMNS)
-            m_all = m_cloud[:, None] & (o_column < C)[None, :]
-            b_own = tl.load(p_row + C + o_column, mask=o_column < C, other=0.0).to(tl.float64) * f_sign
-            b_centre = tl.load(p_centre + o_cloud[:, None] * C + o_column[None, :], mask=m_all, other=0.0)
-            b_constant += tl.sum(b_centre.to(tl.float64) * b_own[None, :], 1)
+        b_constant = _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
         tl.store(p_offset + o_cloud * O + i_channel, b_constant, mask=m_cloud)
         if p_moments is not None:
             b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
@@ -182,13 +176,7 @@ def norm_kernel(
         for i_cloud in range(0, clouds, CLOUDS):
             o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
             m_cloud = o_cloud < clouds
-            b_constant = tl.zeros([CLOUDS], tl.float64)
-            for i_column in range(0, C, COLUMNS):
-                o_column = i_column + tl.arange(0, COLUMNS)
-                m_all = m_cloud[:, None] & (o_column < C)[None, :]
-                b_own = tl.load(p_row + C + o_column, mask=o_column < C, other=0.0).to(tl.float64) * f_sign
-                b_centre = tl.load(p_centre + o_cloud[:, None] * C + o_column[None, :], mask=m_all, other=0.0)
-                b_constant += tl.sum(b_centre.to(tl.float64) * b_own[None, :], 1)
+            b_constant = _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
             b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
             b_edges = tl.load(p_edges + o_cloud, mask=m_cloud, other=0.0)
             b_off = b_first / tl.maximum(b_edges, 1.0) + b_constant - f_mean
@@ -229,6 +217,19 @@ def norm_kernel(
         b_offset = tl.load(p_offset + o_cloud * O + i_channel, mask=m_cloud, other=0.0) - f_mean
         tl.store(p_offset + o_cloud * O + i_channel, b_offset, mask=m_cloud)
         tl.store(p_shift + o_cloud * O + i_channel, (f_beta + f_scale * b_offset).to(T), mask=m_cloud)
+
+
+@triton.jit
+def _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS: tl.constexpr, CLOUDS: tl.constexpr):
+    """h of an edge from each cloud's centre to itself."""
+    b_constant = tl.zeros([CLOUDS], tl.float64)
+    for i_column in range(0, C, COLUMNS):
+        o_column = i_column + tl.arange(0, COLUMNS)
+        m_all = m_cloud[:, None] & (o_column < C)[None, :]
+        b_own = tl.load(p_row + C + o_column, mask=o_column < C, other=0.0).to(tl.float64) * f_sign
+        b_centre = tl.load(p_centre + o_cloud[:, None] * C + o_column[None, :], mask=m_all, other=0.0)
+        b_constant += tl.sum(b_centre.to(tl.float64) * b_own[None, :], 1)
+    return b_constant
 
 
 @triton.jit
