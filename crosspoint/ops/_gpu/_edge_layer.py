@@ -1,7 +1,8 @@
-"""A linear layer with batch norm on edges, in input space: what edge_conv and edge_conv2's first layer share.
+"""A linear layer with batch norm on edges, in input space: what edge_conv and edge_conv2's first layer share (their
+graph, sums and parameters), and the algebra of edge_conv2's; edge_conv's is the leaves of csrc/cuda/edge_layer.cu.
 
 Clouds are centred one by one: with x_j = t + x'_j an edge carries h = U_j + V_i + B t, and [U | V] = x' [A | D]^T,
-D = B - A. `weight` stands for [A | D], (C_out, 2 C_in) float64; edge_conv signs it by gamma. `constant` and `offset`,
+D = B - A. `weight` stands for [A | D], (C_out, 2 C_in) float64. `constant` and `offset`,
 (B, C_out) float64, turn U_j + V_i into h and into h - mean.
 """
 
