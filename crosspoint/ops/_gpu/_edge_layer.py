@@ -80,12 +80,9 @@ def sign_of(gamma: Tensor | None) -> Tensor | float:
     return 1.0 if gamma is None else torch.where(gamma < 0, -1.0, 1.0).double()
 
 
-def split_weight(weight: Tensor, sign: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """[A | D] and B, their rows times `sign`, in float64."""
-    weight = weight.double()
-    if isinstance(sign, Tensor):
-        weight = weight * sign[:, None]
-    neighbour, own = weight.chunk(2, 1)
+def split_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[A | D] and B, in float64."""
+    neighbour, own = weight.double().chunk(2, 1)
     return torch.cat([neighbour, own - neighbour], 1), own
 
 
