@@ -6,6 +6,7 @@ to a small rate, label smoothing. The weights of the last epoch are tested, once
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import logging
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 from crosspoint._device import resolve_device
 from crosspoint._optional import require
-from crosspoint.evaluate.protocol import NAMES
+from crosspoint.data import CloudAugmentation, ScaleShift
+from crosspoint.evaluate.protocol import NAMES, output_folder, up_axis, versions, write_results
 from crosspoint.models import checkpoints, create
 from crosspoint.models.checkpoints import EncoderConfig
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
@@ -31,13 +33,19 @@ from crosspoint.train.config import config_to_dict
 from crosspoint.train.log import RunLog, read_log
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = [
+    "ConfigOfClouds",
     "Examples",
     "FinetuneConfig",
+    "FinetunedProtocol",
     "Outcome",
     "Task",
     "architecture_of",
     "fine_tune",
+    "format_by_name",
     "format_scores",
     "learning_rate",
     "load_backbone",
@@ -112,6 +120,24 @@ class FinetuneConfig:
             raise ValueError("nothing to train: give a run, or leave random_init on")
 
 
+@dataclass
+class ConfigOfClouds(FinetuneConfig):
+    """The options of the protocols on shapes that stand upright."""
+
+    up: Literal["y", "z"] = "y"
+    """Axis that points up in these clouds; they are turned to the one about which the run was pre-trained."""
+    augmentation: Literal["scale_shift", "views", "none"] = "scale_shift"
+    """Of the training clouds: DGCNN's (every axis scaled, the cloud moved), pre-training's views, or none."""
+
+    def augment(self) -> Callable[[Tensor, torch.Generator], Tensor]:
+        """What `augmentation` names, as a callable (points, generator) -> points."""
+        return {
+            "scale_shift": ScaleShift(),
+            "views": CloudAugmentation(up=up_axis(self.run)),
+            "none": lambda points, _: points,
+        }[self.augmentation]
+
+
 class Examples(NamedTuple):
     """Clouds (n, N, C) float32 with the labels of the clouds (n,) or of their points (n, N), int64."""
 
@@ -140,6 +166,69 @@ class Outcome(NamedTuple):
     predictions: np.ndarray  # as the targets of the test split
     history: list[dict[str, float]]
     seconds: float
+
+
+class FinetunedProtocol(abc.ABC):
+    """A protocol that trains on labels: what `evaluate` does with the parts that a subclass gives."""
+
+    name: ClassVar[str]
+    """Of the result files and of the folder with the trainings."""
+    allowed: ClassVar[tuple[str, ...]]
+    """Encoders that it takes."""
+    default: ClassVar[EncoderConfig]
+    """The encoder without a run."""
+    metrics: ClassVar[dict[str, str]]
+    """Numbers of `score` for the table, with their titles."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+
+    @abc.abstractmethod
+    def task(self, architecture: EncoderConfig) -> Task:
+        """Load the data; what to train, from an encoder without heads."""
+
+    @abc.abstractmethod
+    def score(self, predicted: np.ndarray) -> dict[str, Any]:
+        """What the predictions on the test split are worth."""
+
+    @abc.abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the results say of the data: names of classes or categories, and sizes."""
+
+    @abc.abstractmethod
+    def picture(self, encoders: dict[str, Any], outcomes: dict[str, list[Outcome]]) -> Figure:
+        """The picture beside the JSON file; `encoders` as `report` has them."""
+
+    def details(self, encoders: dict[str, Any]) -> list[str]:
+        """Lines below the table."""
+        return []
+
+    def evaluate(self) -> dict[str, Any]:
+        """Train and test; write NAME.json and NAME.png, print the table, return what NAME.json holds.
+
+        Keys: encoders (as `report` has them), those of `facts`, seconds_total, config, versions. Raises as
+        `fine_tune` does.
+        """
+        config = self.config
+        for module in ("sklearn", "h5py", "tqdm", "tensorboard") + ("matplotlib",) * config.picture:
+            require(module, extra="eval")
+        config.validate()
+        start, out = time.perf_counter(), output_folder(config)
+        architecture = architecture_of(config, allowed=self.allowed, default=self.default)
+        outcomes = fine_tune(config, self.task(architecture), out)
+        encoders = report(outcomes, self.score)
+        results = {
+            "encoders": encoders,
+            **self.facts(),
+            "seconds_total": time.perf_counter() - start,
+            "config": config_to_dict(config),
+            "versions": versions(),
+        }
+        figure = self.picture(encoders, outcomes) if config.picture else None
+        written = write_results(out, self.name, results, figure)
+        print("\n".join(format_scores(encoders, self.metrics) + self.details(encoders)))
+        print(f"written: {', '.join(map(str, written))}")
+        return results
 
 
 def architecture_of(
@@ -236,18 +325,30 @@ def report(
     return {key: _entry(runs, [score(each.predictions) for each in runs]) for key, runs in outcomes.items()}
 
 
-def format_scores(results: dict[str, Any], metrics: dict[str, str]) -> list[str]:
+def format_scores(encoders: dict[str, Any], metrics: dict[str, str]) -> list[str]:
     """A line for each initialisation under a head: its metrics, given with their titles, over the seeds."""
     lines = [
         f"{'initialisation':<24}" + "".join(f"{title:>20}" for title in metrics.values()) + f"{'seeds':>8}"
     ]
-    for key, entry in results["encoders"].items():
+    for key, entry in encoders.items():
         values = ""
         for metric in metrics:
             mean, std = entry["mean"][metric], entry["std"][metric]
             text = f"{100 * mean:.1f} %" + ("" if std is None else f" ± {100 * std:.1f}")
             values += f"{text:>20}"
         lines.append(f"{NAMES[key]:<24}{values}{len(entry['runs']):>8}")
+    return lines
+
+
+def format_by_name(encoders: dict[str, Any], title: str, scores: str, names: Sequence[str]) -> list[str]:
+    """A line for each class or category under a head: the mean over the seeds of what is in `scores` by its name."""
+    lines = ["", f"{title:<24}" + "".join(f"{NAMES[key]:>24}" for key in encoders)]
+    for name in names:
+        row = ""
+        for entry in encoders.values():
+            values = [run[scores][name] for run in entry["runs"] if name in run[scores]]
+            row += f"{100 * np.mean(values):>22.1f} %" if values else f"{'absent':>24}"
+        lines.append(f"{name:<24}{row}")
     return lines
 
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from crosspoint._optional import require
 from crosspoint.data import RoomBlocks, load_s3dis
 from crosspoint.evaluate import plots
 from crosspoint.evaluate.features import turn_upright
 from crosspoint.evaluate.finetune import (
     Examples,
     FinetuneConfig,
+    FinetunedProtocol,
     Outcome,
     Task,
-    architecture_of,
-    fine_tune,
-    format_scores,
+    format_by_name,
     load_backbone,
-    report,
 )
-from crosspoint.evaluate.protocol import NAMES, output_folder, versions, write_results
+from crosspoint.evaluate.protocol import NAMES
 from crosspoint.models.checkpoints import EncoderConfig
-from crosspoint.train.config import config_to_dict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,109 +69,89 @@ def evaluate_semantic_segmentation(config: SemanticSegmentationConfig) -> dict[s
     Keys: encoders (as `finetune.report` has them, with what `semantic_scores` gives, and confusion), class_names,
     sizes, seconds_total, config, versions. Raises as `finetune.fine_tune` does.
     """
-    for module in ("sklearn", "h5py", "tqdm", "tensorboard") + ("matplotlib",) * config.picture:
-        require(module, extra="eval")
-    config.validate()
-    start, out = time.perf_counter(), output_folder(config)
-    architecture = architecture_of(
-        config,
-        allowed=("dgcnn_semantic",),
-        default=EncoderConfig("dgcnn_semantic", {"k": 20, "in_channels": 9}),
-    )
-    train, test = (
-        load_s3dis(config.data, split, test_area=config.test_area, points=config.points)
-        for split in ("train", "test")
-    )
-    channels = architecture.options["in_channels"]
-    if channels not in (3, 9):
-        raise ValueError(
-            f"{config.run} holds an encoder of {channels} channels; S3DIS has 9, of which 3 are the position"
-        )
-    classes = len(test.class_names)
-    task = Task(
-        name="semantic_segmentation",
-        architecture=EncoderConfig(architecture.name, {**architecture.options, "num_classes": classes}),
-        backbone=load_backbone(config, architecture),
-        train=_examples(train, channels),
-        test=_examples(test, channels),
-        logits=lambda model, points, _: model.segment(points),
-        augment=lambda points, _: points,
-    )
-    outcomes = fine_tune(config, task, out)
-    results_of = report(outcomes, lambda found: _score(found, test))
-    results = {
-        "encoders": results_of,
-        "class_names": list(test.class_names),
-        "sizes": {
-            "train": len(train.points),
-            "test": len(test.points),
-            "points": config.points,
-            "channels": channels,
-            "classes": classes,
-        },
-        "seconds_total": time.perf_counter() - start,
-        "config": config_to_dict(config),
-        "versions": versions(),
-    }
-    figure = _picture(test, outcomes, results_of) if config.picture else None
-    written = write_results(out, "semantic_segmentation", results, figure)
-    print(format_table(results))
-    print(f"written: {', '.join(map(str, written))}")
-    return results
+    return _SemanticSegmentation(config).evaluate()
 
 
-def format_table(results: dict[str, Any]) -> str:
-    """The scores of semantic_segmentation.json, then every class's IoU (mean over the seeds), for the terminal."""
-    encoders = results["encoders"]
-    metrics = {
+class _SemanticSegmentation(FinetunedProtocol):
+    name = "semantic_segmentation"
+    allowed = ("dgcnn_semantic",)
+    default = EncoderConfig("dgcnn_semantic", {"k": 20, "in_channels": 9})
+    metrics: ClassVar = {
         "miou": "mIoU",
         "overall_accuracy": "overall accuracy",
         "class_accuracy": "class accuracy",
     }
-    lines = format_scores(results, metrics)
-    lines += ["", f"{'class':<24}" + "".join(f"{NAMES[key]:>24}" for key in encoders)]
-    for name in results["class_names"]:
-        row = ""
-        for entry in encoders.values():
-            values = [run["per_class"][name] for run in entry["runs"] if name in run["per_class"]]
-            row += f"{100 * np.mean(values):>22.1f} %" if values else f"{'absent':>24}"
-        lines.append(f"{name:<24}{row}")
-    return "\n".join(lines)
+    config: SemanticSegmentationConfig
 
+    def task(self, architecture: EncoderConfig) -> Task:
+        config = self.config
+        train, self.test = (
+            load_s3dis(config.data, split, test_area=config.test_area, points=config.points)
+            for split in ("train", "test")
+        )
+        self.training_blocks = len(train.points)
+        self.channels = architecture.options["in_channels"]
+        if self.channels not in (3, 9):
+            raise ValueError(
+                f"{config.run} holds an encoder of {self.channels} channels; S3DIS has 9, of which 3 are the position"
+            )
+        head = {"num_classes": len(self.test.class_names)}
+        return Task(
+            name=self.name,
+            architecture=EncoderConfig(architecture.name, {**architecture.options, **head}),
+            backbone=load_backbone(config, architecture),
+            train=self._examples(train),
+            test=self._examples(self.test),
+            logits=lambda model, points, _: model.segment(points),
+            augment=lambda points, _: points,
+        )
 
-def _examples(blocks: RoomBlocks, channels: int) -> Examples:
-    points = blocks.points[:, :, :channels].contiguous()
-    return Examples(points, blocks.labels, blocks.labels.new_zeros(len(points)))
+    def _examples(self, blocks: RoomBlocks) -> Examples:
+        points = blocks.points[:, :, : self.channels].contiguous()
+        return Examples(points, blocks.labels, blocks.labels.new_zeros(len(points)))
 
+    def score(self, predicted: np.ndarray) -> dict[str, Any]:
+        names = self.test.class_names
+        confusion = plots.confusion_counts(self.test.labels.numpy(), predicted, len(names))
+        return {**semantic_scores(confusion, names), "confusion": confusion.tolist()}
 
-def _score(predicted: np.ndarray, test: RoomBlocks) -> dict[str, Any]:
-    confusion = plots.confusion_counts(test.labels.numpy(), predicted, len(test.class_names))
-    return {**semantic_scores(confusion, test.class_names), "confusion": confusion.tolist()}
+    def facts(self) -> dict[str, Any]:
+        sizes = {
+            "train": self.training_blocks,
+            "test": len(self.test.points),
+            "points": self.config.points,
+            "channels": self.channels,
+            "classes": len(self.test.class_names),
+        }
+        return {"class_names": list(self.test.class_names), "sizes": sizes}
 
+    def details(self, encoders: dict[str, Any]) -> list[str]:
+        return format_by_name(encoders, "class", "per_class", self.test.class_names)
 
-def _picture(test: RoomBlocks, outcomes: dict[str, list[Outcome]], results_of: dict[str, Any]) -> Figure:
-    """Some blocks in the colours of the classes: as labelled, and as the first seeds predict; IoU by class."""
-    rows = np.unique(np.linspace(0, len(test.points) - 1, _SHOWN).astype(int))
-    columns = {
-        "labels": test.labels.numpy(),
-        **{NAMES[key]: runs[0].predictions for key, runs in outcomes.items()},
-    }
-    palette = np.array(plots.class_colours(len(test.class_names)))
-    figure = plots.new_figure(2.6 * len(columns) + 5, max(2.4 * len(rows), 7))
-    left, right = figure.subfigures(1, 2, width_ratios=(2.6 * len(columns), 5))
-    for row_axes, block in zip(left.subplots(len(rows), len(columns), squeeze=False), rows, strict=True):
-        cloud = turn_upright(test.points[block, :, :3].numpy(), "z", "y")
-        for axes, (title, labels) in zip(row_axes, columns.items(), strict=True):
-            plots.draw_cloud(axes, cloud, palette[labels[block]])
-            axes.set_title(title, fontsize=9)
-            axes.set(xticks=[], yticks=[])
-    axes = right.subplots()
-    plots.draw_class_accuracies(
-        axes,
-        {NAMES[key]: entry["runs"][0]["per_class"] for key, entry in results_of.items()},
-        test.class_names,
-    )
-    axes.set(title="IoU by class, in its colour on the left", xlabel="test IoU (%)")
-    for label, colour in zip(axes.get_yticklabels(), palette, strict=True):
-        label.set_color(colour)
-    return figure
+    def picture(self, encoders: dict[str, Any], outcomes: dict[str, list[Outcome]]) -> Figure:
+        """Some blocks in the colours of the classes: as labelled, and as the first seeds predict; IoU by class."""
+        test = self.test
+        rows = np.unique(np.linspace(0, len(test.points) - 1, _SHOWN).astype(int))
+        columns = {
+            "labels": test.labels.numpy(),
+            **{NAMES[key]: runs[0].predictions for key, runs in outcomes.items()},
+        }
+        palette = np.array(plots.class_colours(len(test.class_names)))
+        figure = plots.new_figure(2.6 * len(columns) + 5, max(2.4 * len(rows), 7))
+        left, right = figure.subfigures(1, 2, width_ratios=(2.6 * len(columns), 5))
+        for row_axes, block in zip(left.subplots(len(rows), len(columns), squeeze=False), rows, strict=True):
+            cloud = turn_upright(test.points[block, :, :3].numpy(), "z", "y")
+            for axes, (title, labels) in zip(row_axes, columns.items(), strict=True):
+                plots.draw_cloud(axes, cloud, palette[labels[block]])
+                axes.set_title(title, fontsize=9)
+                axes.set(xticks=[], yticks=[])
+        axes = right.subplots()
+        plots.draw_class_accuracies(
+            axes,
+            {NAMES[key]: entry["runs"][0]["per_class"] for key, entry in encoders.items()},
+            test.class_names,
+        )
+        axes.set(title="IoU by class, in its colour on the left", xlabel="test IoU (%)")
+        for label, colour in zip(axes.get_yticklabels(), palette, strict=True):
+            label.set_color(colour)
+        return figure

@@ -115,6 +115,8 @@ def test_smoothing_spreads_over_the_wrong_classes():
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
         ({"random_init": False}, "nothing to train"),
         ({"batch_size": 16}, "has 15 clouds, fewer than one batch of 16"),
+        ({"batch_size": 4, "per_class": 1}, "has 3 clouds, fewer than one batch of 4"),
+        ({"per_class": 0}, "per_class must be at least 1, got 0"),
     ],
 )
 def test_options_that_cannot_work(data, tmp_path, changes, message):
@@ -151,6 +153,22 @@ def test_classification_end_to_end(classified):
             assert np.array_equal(
                 confusion_counts(np.repeat(np.arange(3), 4), predicted, 3), each["confusion"]
             )
+
+
+def test_the_first_clouds_of_each_class(data, tmp_path, monkeypatch):
+    seen = {}
+
+    def first_rows(config, task, out):
+        seen["train"], seen["test"] = task.train, task.test
+        return {}
+
+    monkeypatch.setattr(finetune, "fine_tune", first_rows)
+    evaluate_classify(ClassifyConfig(**options(data, tmp_path, per_class=2, picture=False)))
+    every = clouds(0, 5)
+    rows = [0, 1, 5, 6, 10, 11]
+    assert torch.equal(seen["train"].points, every.points[rows])
+    assert torch.equal(seen["train"].targets, every.labels[rows])
+    assert len(seen["test"].points) == 12
 
 
 def test_finished_trainings_are_only_tested(classified, monkeypatch, capsys):
