@@ -25,7 +25,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("kFewChannels", ("cloud", "filter"), 20, ((32, 1024, 3), (32, 1024, 6), (32, 1024, 8))),
-    Setting("kTreeLeast", ("cloud", "tree"), 20, ((1, 4096, 3), (1, 6144, 3), (1, 8192, 3))),
+    Setting("kTreeLeast", ("cloud", "tree"), 20, ((1, 4096, 3), (1, 7168, 3), (1, 8192, 3))),
     Setting("kTreeLeastOfMany", ("cloud", "tree"), 20, ((32, 2048, 3), (32, 4096, 3), (16, 8192, 3))),
     Setting("kManyQueries", ("cloud", "tree"), 20, ((4, 4096, 3), (16, 4096, 3), (64, 4096, 3))),
 )

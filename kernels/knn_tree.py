@@ -65,7 +65,7 @@ FAN = tl.constexpr(32)  # points of a leaf, leaves of a group, groups of a regio
 GROUP = tl.constexpr(32 * 32)  # points
 REGION = tl.constexpr(32 * 32 * 32)
 
-# As in csrc/cuda/knn_paths.h: building the tree pays from here on.
+# Building the tree pays from here on, guessed as in csrc/cuda/knn_paths.h: it takes about 90 us.
 LEAST = 8192
 LEAST_OF_MANY, MANY_QUERIES = 4096, 65536
 

@@ -13,11 +13,11 @@ namespace crosspoint::cuda {
 // rest of a batch must not change an answer.
 inline constexpr int64_t kFewChannels = 8;
 
-// `cloud` takes N / 32 x 16.5 + 320 instructions a query (each point twice), `tree` about 1,000, and 42 us to start and
-// to sort. For one cloud both take 47 us at N = 8,700: more points than this are the tree's.
-inline constexpr int64_t kTreeLeast = 8192;
+// `cloud` takes N / 32 x 16.5 + 320 instructions a query (each point twice), `tree` about 1,000, and 27 us to start and
+// to sort. For one cloud both take 36 us at N = 7,100: more points than this are the tree's.
+inline constexpr int64_t kTreeLeast = 7168;
 
-// Spread over 65,536 queries the tree's start is 500 instructions of each, so that it pays from N = 2,300 on; with
+// Spread over 65,536 queries the tree's start is 320 instructions of each, so that it pays from N = 1,900 on; with
 // room for what sorting takes of a batch, from here.
 inline constexpr int64_t kTreeLeastOfMany = 4096;
 inline constexpr int64_t kManyQueries = 65536;

@@ -9,7 +9,6 @@
 #include "common/curve.h"
 #include "cuda/knn_select.h"
 #include "cuda/radix_sort.h"
-#include "cuda/workspace.h"
 
 namespace crosspoint::cuda {
 namespace {
@@ -41,12 +40,12 @@ struct TreeLayout {
 
 struct Tree {
   TreeLayout layout;
-  float* divisions;    // (batch, axis, kSample), ascending
-  Pairs order, spare;  // (batch, candidates)
-  int *counts, *totals;
-  float4* points;   // (batch, layout.points): coordinates, and the index as bits; NaN and kNoPoint beyond the last
-  float* boxes;     // (batch, 2 * kAxes, layout.boxes): lower corners, upper corners
-  int32_t* lowest;  // (batch, layout.boxes): index
+  int bits;          // of an axis
+  Sort sort;         // codes of points, and their indices
+  float* divisions;  // (batch, axis, kSample), ascending
+  float4* points;    // (batch, layout.points): coordinates, and the index as bits; NaN and kNoPoint beyond the last
+  float* boxes;      // (batch, 2 * kAxes, layout.boxes): lower corners, upper corners
+  int32_t* lowest;   // (batch, layout.boxes): index
 
   __device__ __forceinline__ int64_t box(int64_t b, int level, int i) const {
     return b * layout.boxes + layout.offset(level) + i;
@@ -57,17 +56,15 @@ struct Tree {
 };
 
 Tree plan(const KnnArgs<float>& a, Pieces& pieces) {
-  Tree tree{TreeLayout(a.candidates), nullptr, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr};
-  const int64_t all = a.batch * a.candidates;
-  tree.divisions = pieces.take<float>(a.batch * kAxes * kSample);
-  tree.order = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
-  tree.spare = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
-  tree.counts = pieces.take<int>(a.batch * kDigits * segments(nullptr, a.batch, a.candidates).tiles);
-  tree.totals = pieces.take<int>(a.batch * kDigits);
-  tree.points = pieces.take<float4>(a.batch * tree.layout.points);
-  tree.boxes = pieces.take<float>(a.batch * 2 * kAxes * tree.layout.boxes);
-  tree.lowest = pieces.take<int32_t>(a.batch * tree.layout.boxes);
-  return tree;
+  const int bits = a.candidates <= kFewBitsPoints ? kFewBits : kAxisBits;
+  const TreeLayout layout(a.candidates);
+  return {layout,
+          bits,
+          plan_sort(segments(a.lengths_points, a.batch, a.candidates), kAxes * bits, pieces),
+          pieces.take<float>(a.batch * kAxes * kSample),
+          pieces.take<float4>(a.batch * layout.points),
+          pieces.take<float>(a.batch * 2 * kAxes * layout.boxes),
+          pieces.take<int32_t>(a.batch * layout.boxes)};
 }
 
 // Sorted coordinates of a sample of each cloud, axis by axis.
@@ -96,18 +93,16 @@ __global__ void __launch_bounds__(kSample) tree_divide(Search<float> search, Tre
     tree.divisions[(b * kAxes + axis) * kSample + threadIdx.x] = sample[axis * kSample + threadIdx.x];
 }
 
-constexpr int kCodeThreads = 256;
-constexpr int kCodePoints = 4 * kCodeThreads;  // of a block
+constexpr int kCodeThreads = 512;
 
-__global__ void __launch_bounds__(kCodeThreads) tree_encode(Search<float> search, Tree tree, int bits, int blocks) {
+__global__ void __launch_bounds__(kCodeThreads) tree_encode(Search<float> search, Tree tree) {
   CROSSPOINT_SHARED(divisions, float[kAxes * kSample]);
-  const int64_t b = blockIdx.x / blocks;
-  const int first = blockIdx.x % blocks * kCodePoints, n = search.valid_points(b);
+  const int64_t cloud = blockIdx.x / tree.sort.segments.tiles;
   const int channels = static_cast<int>(search.args.channels);
   for (int i = threadIdx.x; i < kAxes * kSample; i += blockDim.x)
-    divisions[i] = tree.divisions[b * kAxes * kSample + i];
+    divisions[i] = tree.divisions[cloud * kAxes * kSample + i];
   __syncthreads();
-  for (int j = first + threadIdx.x; j < n && j < first + kCodePoints; j += blockDim.x) {
+  make_pairs(tree.sort, [&](int64_t b, int j) {
     uint32_t code = 0;
     for (int axis = 0; axis < channels; ++axis) {
       const float x = search.points(b)[int64_t(j) * channels + axis];
@@ -115,11 +110,10 @@ __global__ void __launch_bounds__(kCodeThreads) tree_encode(Search<float> search
 #pragma unroll
       for (int step = kSample / 2; step > 0; step /= 2)
         if (divisions[axis * kSample + below + step - 1] < x) below += step;
-      code |= spread(static_cast<uint32_t>(below) >> (kAxisBits - bits)) << axis;
+      code |= spread(static_cast<uint32_t>(below) >> (kAxisBits - tree.bits)) << axis;
     }
-    tree.order.keys[b * search.args.candidates + j] = code;
-    tree.order.values[b * search.args.candidates + j] = j;
-  }
+    return code;
+  });
 }
 
 // The box around what the lanes hold.
@@ -148,7 +142,7 @@ __global__ void __launch_bounds__(kTreeThreads) tree_plant(Search<float> search,
   const int64_t b = warp / leaves;
   const int leaf = static_cast<int>(warp % leaves), place = leaf * kWarp + lane_id();
   const bool exists = place < search.valid_points(b);
-  const int32_t j = exists ? tree.order.values[b * search.args.candidates + place] : kNoPoint;
+  const int32_t j = exists ? tree.sort.pairs.values[b * search.args.candidates + place] : kNoPoint;
   float at[kAxes], low[kAxes], high[kAxes];
 #pragma unroll
   for (int axis = 0; axis < kAxes; ++axis) {
@@ -208,7 +202,7 @@ __global__ void __launch_bounds__(kTreeThreads, 6) knn_tree(Search<float> search
     const bool exists = place < search.valid_queries(b);
     const int n = search.valid_points(b), leaves = (n + kWarp - 1) / kWarp;
     // In the order of the curve, where the queries are the points: neighbouring warps then open the same boxes.
-    const int64_t i = exists && own_set ? tree.order.values[b * a.candidates + place] : place;
+    const int64_t i = exists && own_set ? tree.sort.pairs.values[b * a.candidates + place] : place;
     const Row<float> row = search.row(b, i);
     const int leading = exists ? static_cast<int>(search.leading()) : 0;
     if (leading == 1 && lane == 0) row.write(0, Key::of(0.f, static_cast<int32_t>(i)));
@@ -317,17 +311,12 @@ cudaError_t search_tree(const KnnArgs<float>& a, void* workspace, cudaStream_t s
   Pieces pieces(workspace);
   Tree tree = plan(a, pieces);
   const Search<float> search{a};
-  const int bits = a.candidates <= kFewBitsPoints ? kFewBits : kAxisBits;
-  const int blocks = static_cast<int>((a.candidates + kCodePoints - 1) / kCodePoints);
   const int room = a.k < 44 ? 128 : kListRoom;
   const dim3 threads(kTreeThreads);
   cudaError_t status = launch(tree_divide, dim3(static_cast<unsigned>(a.batch)), dim3(kSample), 0, stream, search, tree);
   if (status == cudaSuccess)
-    status = launch(tree_encode, dim3(static_cast<unsigned>(a.batch * blocks)), dim3(kCodeThreads), 0, stream, search,
-                    tree, bits, blocks);
-  if (status == cudaSuccess)
-    status = sort_pairs(segments(a.lengths_points, a.batch, a.candidates), kAxes * bits, tree.order, tree.spare,
-                        tree.counts, tree.totals, stream);
+    status = launch(tree_encode, dim3(static_cast<unsigned>(tree.sort.tiles())), dim3(kCodeThreads), 0, stream, search, tree);
+  if (status == cudaSuccess) status = sort_pairs(tree.sort, stream);
   if (status == cudaSuccess)
     status = launch(tree_plant, dim3(blocks_of(a.batch * tree.layout.leaves)), threads, 0, stream, search, tree);
   for (int level = 1; level < tree.layout.levels && status == cudaSuccess; ++level)

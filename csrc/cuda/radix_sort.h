@@ -1,9 +1,10 @@
-// Stable sort of (key, value) pairs, segment by segment: 8 bits of the key at a time, lowest first. Three kernels
-// a pass: tiles count their digits, a warp for each digit sums the counts over the tiles, tiles put their pairs in
-// place. The order does not depend on how blocks run.
+// Stable sort of (key, value) pairs, segment by segment: 8 bits of the key at a time, lowest first. Whoever makes the
+// pairs counts their first digits, tile by tile; every pass puts the pairs of a tile in place and counts the next
+// digits. The order does not depend on how blocks run.
 #pragma once
 
 #include "cuda/warp.h"
+#include "cuda/workspace.h"
 
 namespace crosspoint::cuda {
 
@@ -29,8 +30,44 @@ struct Pairs {
   int32_t* values;
 };
 
-// Sorts by the low `bits` of the keys and exchanges a and b so that a holds the result. counts has room for
-// count * kDigits * tiles, totals for count * kDigits.
-cudaError_t sort_pairs(const Segments&, int bits, Pairs& a, Pairs& b, int* counts, int* totals, cudaStream_t);
+struct Sort {
+  Segments segments;
+  int passes;
+  Pairs pairs, spare;
+  int* counts;  // (pass, segment, tile, digit)
+  int* totals;  // (segment, digit)
+
+  __host__ __device__ int64_t tiles() const { return segments.count * segments.tiles; }
+};
+
+// Of keys of so many bits.
+Sort plan_sort(const Segments&, int bits, Pieces&);
+
+// Makes the block's tile of pairs: place i of segment b gets the key of(b, i) and the value i. The grid has
+// sort.tiles() blocks.
+template <class KeyOf>
+__device__ __forceinline__ void make_pairs(const Sort& sort, KeyOf&& key_of) {
+  CROSSPOINT_SHARED(count, int[kDigits]);
+  const Segments& s = sort.segments;
+  const int64_t b = blockIdx.x / s.tiles;
+  const int first = blockIdx.x % s.tiles * kSortTile, n = s.size(b), end = n - first < kSortTile ? n : first + kSortTile;
+  for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) count[digit] = 0;
+  __syncthreads();
+  for (int i = first + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
+    const uint32_t key = key_of(b, i);
+    sort.pairs.keys[b * s.stride + i] = key;
+    sort.pairs.values[b * s.stride + i] = i;
+    atomicAdd(&count[key & (kDigits - 1)], 1);
+  }
+  __syncthreads();
+  for (int digit = threadIdx.x; digit < kDigits; digit += blockDim.x) {
+    int* counts = sort.counts + int64_t(blockIdx.x) * kDigits + digit;
+    counts[0] = count[digit];
+    for (int pass = 1; pass < sort.passes; ++pass) counts[pass * sort.tiles() * kDigits] = 0;
+  }
+}
+
+// Sorts what make_pairs left in sort.pairs, where the result is; exchanges pairs and spare as it goes.
+cudaError_t sort_pairs(Sort& sort, cudaStream_t);
 
 }  // namespace crosspoint::cuda

@@ -2,7 +2,6 @@
 #include "crosspoint/cuda/reverse_graph.h"
 
 #include "cuda/radix_sort.h"
-#include "cuda/workspace.h"
 
 namespace crosspoint::cuda {
 namespace {
@@ -10,28 +9,17 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostEdges = 1 << 30;
 
-struct Space {
-  Pairs a, b;
-  int *counts, *totals;
-};
-
-Space plan(const ReverseGraphArgs& args, Pieces& pieces) {
-  const int64_t edges = args.nodes * args.k, all = args.batch * edges;
-  Space space;
-  space.a = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
-  space.b = {pieces.take<uint32_t>(all), pieces.take<int32_t>(all)};
-  space.counts = pieces.take<int>(args.batch * kDigits * segments(nullptr, args.batch, edges).tiles);
-  space.totals = pieces.take<int>(args.batch * kDigits);
-  return space;
+Sort plan(const ReverseGraphArgs& args, Pieces& pieces) {
+  int bits = 1;
+  while (args.n >> bits > 0) ++bits;
+  return plan_sort(segments(nullptr, args.batch, args.nodes * args.k), bits, pieces);
 }
 
-__global__ void __launch_bounds__(kThreads) list_edges(ReverseGraphArgs args, Pairs pairs) {
-  const int64_t edges = args.nodes * args.k;
-  for (int64_t e = blockIdx.x * int64_t(kThreads) + threadIdx.x; e < args.batch * edges; e += gridDim.x * int64_t(kThreads)) {
-    const int64_t j = args.idx[e];
-    pairs.keys[e] = static_cast<uint32_t>(j >= 0 && j < args.n ? j : args.n);  // what is no edge comes last
-    pairs.values[e] = static_cast<int32_t>(e % edges);
-  }
+__global__ void __launch_bounds__(kThreads) list_edges(ReverseGraphArgs args, Sort sort) {
+  make_pairs(sort, [&](int64_t b, int i) {
+    const int64_t j = args.idx[b * sort.segments.stride + i];
+    return static_cast<uint32_t>(j >= 0 && j < args.n ? j : args.n);  // what is no edge comes last
+  });
 }
 
 // Place p of a cloud's sorted edges is where the edges begin of every node after that of place p - 1, up to its own.
@@ -65,15 +53,12 @@ cudaError_t reverse_graph(const ReverseGraphArgs& args, void* workspace, cudaStr
   if (!reverse_graph_supports(args)) return cudaErrorInvalidValue;
   if (args.batch == 0) return cudaSuccess;
   Pieces pieces(workspace);
-  Space space = plan(args, pieces);
-  const int64_t edges = args.nodes * args.k;
-  int bits = 1;
-  while (args.n >> bits > 0) ++bits;
-  cudaError_t status = launch(list_edges, grid_of(args.batch * edges, kThreads), dim3(kThreads), 0, stream, args, space.a);
+  Sort sort = plan(args, pieces);
+  cudaError_t status = launch(list_edges, dim3(static_cast<unsigned>(sort.tiles())), dim3(kThreads), 0, stream, args, sort);
+  if (status == cudaSuccess) status = sort_pairs(sort, stream);
   if (status == cudaSuccess)
-    status = sort_pairs(segments(nullptr, args.batch, edges), bits, space.a, space.b, space.counts, space.totals, stream);
-  if (status == cudaSuccess)
-    status = launch(mark_starts, grid_of(args.batch * (edges + 1), kThreads), dim3(kThreads), 0, stream, args, space.a);
+    status = launch(mark_starts, grid_of(args.batch * (sort.segments.stride + 1), kThreads), dim3(kThreads), 0, stream, args,
+                    sort.pairs);
   return status;
 }
 

@@ -109,7 +109,7 @@ TUNED = {
     "knn_tree.cu": {
         "knn_tree": (128, 6),
         "tree_divide": (1024, 1),
-        "tree_encode": (256, 6),
+        "tree_encode": (512, 3),
         "tree_plant": (128, 12),
         "tree_grow": (128, 12),
     },
@@ -169,9 +169,8 @@ TUNED = {
         "mark_starts": (256, 6),
     },
     "radix_sort.cu": {
-        "sort_count": (256, 6),
-        "sort_sum": (256, 6),
-        "sort_place": (256, 3),
+        "sort_sum": (1024, 1),
+        "sort_place": (256, 4),
     },
 }
 # kernel -> bytes of local memory of a thread

@@ -92,6 +92,7 @@ constexpr size_t kGuardPage = 4096;
 
 uint64_t seed = 0, random_state = 1;
 int resident = 1;
+void (*choose_blocks)(int64_t blocks, int64_t* first, int64_t* count) = nullptr;
 long long launches = 0, switches = 0, collectives = 0;
 cudaError_t last_error = cudaSuccess;
 
@@ -319,9 +320,10 @@ cudaError_t launch(dim3 grid, dim3 block, size_t dynamic_shared, const std::func
                     " bytes of dynamic shared memory";
     return last_error = cudaErrorInvalidConfiguration;
   }
-  const int64_t count = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+  int64_t first = 0, count = static_cast<int64_t>(grid.x) * grid.y * grid.z;
+  if (choose_blocks != nullptr) choose_blocks(count, &first, &count);
   std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
+  std::iota(order.begin(), order.end(), static_cast<int>(first));
   if (seed != 0)
     for (int64_t i = count - 1; i > 0; --i) std::swap(order[i], order[random_bits() % (i + 1)]);
 
@@ -526,6 +528,9 @@ void simt_configure(uint64_t seed, int resident_blocks) {
   simt::error_message.clear();
   simt::last_error = cudaSuccess;
 }
+
+// Called with the number of blocks of every launch, says which of them run; null: all do.
+void simt_choose_blocks(void (*choose)(int64_t blocks, int64_t* first, int64_t* count)) { simt::choose_blocks = choose; }
 
 const char* simt_error() { return simt::error_message.c_str(); }
 

@@ -3,6 +3,7 @@
 // the end of this file), and each is held against the earlier ones to the same bytes: races, reads of what was
 // never written, accesses outside of every buffer.
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -46,7 +47,11 @@ struct Cell {  // of one byte: its last write, and two reads since that no order
   Access write, read[2];
 };
 
-enum Mode { output, input, both };  // as simt_alloc is told: unwritten; written and not to be changed; written
+// As simt_alloc is told: unwritten; written and not to be changed; written; larger than this machine's memory.
+enum Mode { output, input, both, sparse };
+
+// Below a sparse buffer, where an offset in 16-byte elements lands that wrapped around in 32 bits.
+constexpr size_t kWrapped = size_t{16} << 31;
 
 struct Region {
   unsigned char* base;
@@ -58,6 +63,7 @@ struct Region {
   std::vector<Cell> cells;
   std::vector<unsigned char> is_written;
   void* allocation = nullptr;
+  size_t mapped = 0;  // bytes of a sparse allocation
 };
 
 std::map<uintptr_t, std::unique_ptr<Region>> regions;  // by first address, the red zone before it included
@@ -75,17 +81,27 @@ Region* find(const void* address) {
   return place < reinterpret_cast<uintptr_t>(below->base) + below->bytes + kRedZone ? below : nullptr;
 }
 
-Region* add_region(size_t bytes, const char* name) {
+Region* add_region(size_t bytes, const char* name, Mode mode = output) {
   auto region = std::make_unique<Region>();
   const size_t room = (bytes + 2 * 256 + 255) / 256 * 256;
-  region->allocation = std::aligned_alloc(256, room);
-  if (region->allocation == nullptr) std::abort();
-  region->base = static_cast<unsigned char*>(region->allocation) + 256;
+  if (mode == sparse) {
+    region->mapped = kWrapped + room;
+    region->allocation =
+        mmap(nullptr, region->mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (region->allocation == MAP_FAILED) return nullptr;
+    region->base = static_cast<unsigned char*>(region->allocation) + kWrapped + 256;
+  } else {
+    region->allocation = std::aligned_alloc(256, room);
+    if (region->allocation == nullptr) std::abort();
+    region->base = static_cast<unsigned char*>(region->allocation) + 256;
+  }
   region->bytes = bytes;
   region->name = name;
+  region->mode = mode;
   std::memset(region->base - kRedZone, kRed, kRedZone);
   std::memset(region->base + bytes, kRed, kRedZone);
   if (kWatch) {
+    if (mode == sparse) std::abort();  // every byte is followed
     region->cells.resize(bytes);
     region->is_written.resize(bytes);
   }
@@ -259,9 +275,8 @@ void memory_begin(int resident_blocks, int block_threads) {
   threads_in_block = static_cast<uint32_t>(block_threads);
   published.clear();
   while (static_cast<int>(arenas.size()) < resident_blocks) {
-    arenas.push_back(add_region(kArena, "shared memory"));
+    arenas.push_back(add_region(kArena, "shared memory", both));
     arenas.back()->shared = true;
-    arenas.back()->mode = both;
   }
 }
 
@@ -366,12 +381,13 @@ void touch(const void*, size_t, bool, const void*) {}
 #pragma GCC visibility push(default)
 extern "C" {
 
-// A buffer in device memory between red zones; mode 0: unwritten, 1: an input, 2: written by the host and by kernels.
+// A buffer in device memory between red zones; mode 0: unwritten, 1: an input, 2: written by the host and by kernels,
+// 3: sparse, zeros that take memory only where they are touched (null where the system has no such addresses).
 void* simt_alloc(size_t bytes, const char* name, int mode) {
-  simt::Region* region = simt::add_region(bytes, name);
-  region->mode = static_cast<simt::Mode>(mode);
+  simt::Region* region = simt::add_region(bytes, name, static_cast<simt::Mode>(mode));
+  if (region == nullptr || region->mode == simt::sparse) return region == nullptr ? nullptr : region->base;
   simt::write_poison(region->base, bytes);
-  if (mode != simt::output) simt::written(region->base, bytes);
+  if (region->mode != simt::output) simt::written(region->base, bytes);
   SIMT_CLOSE(region->base - simt::kRedZone, simt::kRedZone);
   SIMT_CLOSE(region->base + bytes, simt::kRedZone);
   return region->base;
@@ -381,10 +397,13 @@ void simt_free(void* address) {
   const auto place = simt::regions.find(reinterpret_cast<uintptr_t>(address) - simt::kRedZone);
   if (place == simt::regions.end()) std::abort();
   void* allocation = place->second->allocation;
-  const size_t bytes = place->second->bytes;
+  const size_t bytes = place->second->bytes, mapped = place->second->mapped;
   SIMT_OPEN(static_cast<unsigned char*>(address) - simt::kRedZone, bytes + 2 * simt::kRedZone);
   simt::regions.erase(place);
-  std::free(allocation);
+  if (mapped > 0)
+    munmap(allocation, mapped);
+  else
+    std::free(allocation);
 }
 
 // Loads and stores that were watched since the library was loaded; 0 in builds without the watch.

@@ -147,6 +147,13 @@ __global__ void round_trip(const float* x, int n, uint16_t* half, uint16_t* bf16
   from_bf16[i] = __bfloat162float(b);
 }
 
+// Row r of y from row r of x, its place counted in 64 bits or, wrongly, in 32.
+__global__ void copy_rows(const float* x, int columns, bool narrow, float* y) {
+  const int column = static_cast<int>(threadIdx.x);
+  const int64_t at = narrow ? static_cast<int>(blockIdx.x * columns) : blockIdx.x * int64_t(columns);
+  if (column < columns) y[at + column] = x[at + column];
+}
+
 }  // namespace
 
 EXPORT cudaError_t sample_sum(const float* x, int64_t n, int64_t blocks, float* partial, unsigned* ticket, float* total) {
@@ -181,4 +188,8 @@ EXPORT cudaError_t sample_product_tf32(const float* a, const float* b, int64_t r
 
 EXPORT cudaError_t sample_round_trip(const float* x, int64_t n, uint16_t* half, uint16_t* bf16, float* from_half, float* from_bf16) {
   return launch(round_trip, static_cast<unsigned>((n + 255) / 256), 256, 0, nullptr, x, n, half, bf16, from_half, from_bf16);
+}
+
+EXPORT cudaError_t sample_copy_rows(const float* x, int64_t rows, int64_t columns, int64_t narrow, float* y) {
+  return launch(copy_rows, static_cast<unsigned>(rows), 64, 0, nullptr, x, columns, narrow != 0, y);
 }

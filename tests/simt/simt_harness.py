@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ FLAGS = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DCROSSPOINT_SIMT", f"-ffile-prefix-map={ROOT}/="]
 FLAGS += [f"-I{folder}" for folder in (HERE / "include", ROOT / "csrc", ROOT / "csrc" / "include")]
 LINK = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
+
+
+_CHOOSE = ctypes.CFUNCTYPE(None, ctypes.c_int64, *[ctypes.POINTER(ctypes.c_int64)] * 2)
 
 
 class SimtError(RuntimeError):
@@ -107,6 +111,16 @@ class Device:
         """Order of threads and blocks (seed 0: ascending, others: shuffled), and how many blocks run interleaved."""
         self.library.simt_configure(seed, resident)
 
+    def choose_blocks(self, choose: Callable[[int], range] | None) -> None:
+        """Run only some blocks of every launch: `choose` is told how many it has. None: run all."""
+
+        def answer(blocks: int, first, count) -> None:
+            chosen = choose(blocks)
+            first[0], count[0] = chosen.start, len(chosen)
+
+        self._choose = _CHOOSE() if choose is None else _CHOOSE(answer)  # kept from the garbage collector
+        self.library.simt_choose_blocks(self._choose)
+
     def input(self, values, name: str = "input", *, written: bool = False) -> np.ndarray:
         """A buffer that holds `values`; kernels may write to it only if `written`."""
         values = np.ascontiguousarray(values)
@@ -118,9 +132,15 @@ class Device:
         """A buffer that nobody has written."""
         return self._allocate(shape, np.dtype(dtype), name, 0)
 
+    def sparse(self, shape, dtype, name: str = "sparse") -> np.ndarray:
+        """A buffer of zeros that may be larger than memory, of the plain build: only what is touched takes any."""
+        return self._allocate(shape, np.dtype(dtype), name, 3)
+
     def _allocate(self, shape, dtype: np.dtype, name: str, mode: int) -> np.ndarray:
         count = int(np.prod(shape, dtype=np.int64))
         address = self.library.simt_alloc(count * dtype.itemsize, name.encode(), mode)
+        if address is None:
+            raise MemoryError(f"no {count * dtype.itemsize} bytes of addresses for {name}")
         self._buffers.append(address)
         memory = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
         return np.frombuffer(memory, dtype=dtype, count=count).reshape(shape)

@@ -1,8 +1,5 @@
 """csrc/cuda/knn.cu on the host: every path on every case it supports, in several orders of threads and blocks."""
 
-import ctypes
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +9,9 @@ from torch import Tensor
 
 from crosspoint.ops import reference
 from crosspoint.testing import assert_same_graph, tie_tolerance
-from simt_harness import ROOT, Device, SimtError, builds_here
+from knn_calls import PATHS, Knn, kernels, knn_workspace
+from simt_harness import Device, SimtError, builds_here
 
-PATHS = re.findall(
-    r"^  (\w+)\b",
-    re.search(
-        r"enum class KnnPath \{(.*?)\}", (ROOT / "csrc/include/crosspoint/cuda/knn.h").read_text(), re.S
-    )[1],
-    re.M,
-)
 # (seed, resident blocks); the slower builds look for other things than values.
 ORDERS = {"plain": [(0, 1), (1, 2), (2, 1)], "watch": [(0, 1), (4, 2)], "sanitized": [(1, 2)]}
 
@@ -105,31 +96,15 @@ LARGE = {
 }
 
 
-class Call(ctypes.Structure):
-    _fields_ = [
-        ("is_double", ctypes.c_int64),
-        *[(n, ctypes.c_void_p) for n in ("query", "points", "lengths_query", "lengths_points")],
-        *[(n, ctypes.c_int64) for n in ("batch", "queries", "candidates", "channels", "k", "self")],
-        *[(n, ctypes.c_void_p) for n in ("idx", "dist2", "workspace")],
-        ("path", ctypes.c_int64),
-    ]
-
-
 @pytest.fixture(scope="module", params=builds_here())
 def device(request):
-    kernels = [
-        ROOT / "csrc" / "cuda" / f"{name}.cu" for name in ("knn", "knn_filter", "knn_tree", "radix_sort")
-    ]
-    sources = [Path(__file__).with_name("knn_entry.cpp"), *kernels]
-    device = Device(sources, request.param)
-    device.library.knn_workspace_bytes.restype = ctypes.c_int64
-    return device
+    return kernels(request.param, "knn", "knn_filter", "knn_tree", "radix_sort")
 
 
-def describe(search: Search, path: str) -> Call:
+def describe(search: Search, path: str) -> Knn:
     query = search.points if search.query is None else search.query
     self = 0 if search.query is not None else 1 if search.include_self else 2
-    return Call(
+    return Knn(
         is_double=search.points.dtype == torch.float64,
         batch=query.shape[0],
         queries=query.shape[1],
@@ -139,12 +114,6 @@ def describe(search: Search, path: str) -> Call:
         self=self,
         path=PATHS.index(path),
     )
-
-
-def workspace_bytes(device: Device, call: Call) -> int | None:
-    """None where the path does not support the search."""
-    size = device.library.knn_workspace_bytes(ctypes.byref(call))
-    return None if size < 0 else size
 
 
 def find(device: Device, search: Search, path: str, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -162,7 +131,7 @@ def find(device: Device, search: Search, path: str, order: tuple[int, int]) -> t
         lengths_query = lengths if search.query is None else given(search.lengths_query, "lengths_query")
         shape = (*query.shape[:2], search.k)
         idx, dist2 = device.output(shape, np.int64, "idx"), device.output(shape, points.dtype, "dist2")
-        workspace = device.output(workspace_bytes(device, call), np.uint8, "workspace")
+        workspace = device.output(knn_workspace(device, call), np.uint8, "workspace")
         arrays = {
             "query": query,
             "points": points,
@@ -181,7 +150,7 @@ def find(device: Device, search: Search, path: str, order: tuple[int, int]) -> t
 
 
 def check(device: Device, search: Search, path: str) -> None:
-    if workspace_bytes(device, describe(search, path)) is None:
+    if knn_workspace(device, describe(search, path)) is None:
         device.configure()
         with pytest.raises(SimtError, match="cannot run"):
             device.call("knn", describe(search, path))
@@ -223,5 +192,5 @@ def test_large(device, name, path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_is_tested(path, device):
-    supported = [name for name, s in CASES.items() if workspace_bytes(device, describe(s, path)) is not None]
+    supported = [name for name, s in CASES.items() if knn_workspace(device, describe(s, path)) is not None]
     assert len(supported) >= 5, f"{path} runs only {supported}"
