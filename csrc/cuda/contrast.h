@@ -76,16 +76,19 @@ struct Fragment {
   }
 };
 
+// d += a b. What tensor cores add to is cut, not rounded: products of low digits have a sum of their own, `small`, where
+// each loses next to nothing, and are added to d in float32 when it is done.
 template <Product product>
-__device__ __forceinline__ void multiply(float (&d)[4], const Fragment<product, 4>& a, const Fragment<product, 2>& b) {
+__device__ __forceinline__ void multiply(float (&d)[4], float (&small)[4], const Fragment<product, 4>& a,
+                                         const Fragment<product, 2>& b) {
   if constexpr (product == Product::bf16) {
     mma_bf16(d, a.high, b.high);
   } else if constexpr (product == Product::f16) {
     mma_f16(d, a.high, b.high);
   } else {
     if constexpr (product == Product::tf32x3) {
-      mma_tf32(d, a.low, b.high);
-      mma_tf32(d, a.high, b.low);
+      mma_tf32(small, a.low, b.high);
+      mma_tf32(small, a.high, b.low);
     }
     mma_tf32(d, a.high, b.high);
   }
@@ -170,30 +173,31 @@ struct Scores {
         for (int i = 0; i < 4; ++i) sum[m][n][i] = 0.f;
   }
 
-  // Adds `steps` of the depth. What tensor cores add to is cut, not rounded: the digits that tf32x3 is for would be
-  // lost in a long sum, so that it sums a few steps at a time.
+  // Adds `steps` of the depth. The digits that tf32x3 is for would be cut off a long sum, so that it sums a few steps at
+  // a time.
   template <int steps>
   __device__ __forceinline__ void add(const SharedRows& left, int row, int left_group, const SharedRows& right,
                                       int column, int right_group) {
     if constexpr (product == Product::tf32x3) {
-      Scores part;
+      Scores part, small;
       part.clear();
-      part.template add_to<steps>(left, row, left_group, right, column, right_group);
+      small.clear();
+      part.template add_to<steps>(small, left, row, left_group, right, column, right_group);
 #pragma unroll
       for (int m = 0; m < tall; ++m)
 #pragma unroll
         for (int n = 0; n < 2 * wide; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[m][n][i] += part.sum[m][n][i];
+          for (int i = 0; i < 4; ++i) sum[m][n][i] += part.sum[m][n][i] + small.sum[m][n][i];
     } else {
-      add_to<steps>(left, row, left_group, right, column, right_group);
+      add_to<steps>(*this, left, row, left_group, right, column, right_group);
     }
   }
 
  private:
   template <int steps>
-  __device__ __forceinline__ void add_to(const SharedRows& left, int row, int left_group, const SharedRows& right,
-                                         int column, int right_group) {
+  __device__ __forceinline__ void add_to(Scores& small, const SharedRows& left, int row, int left_group,
+                                         const SharedRows& right, int column, int right_group) {
 #pragma unroll
     for (int s = 0; s < steps; ++s) {
       Fragment<product, 4> a[tall];
@@ -205,8 +209,8 @@ struct Scores {
         load_right(b, right, column + 16 * n, right_group + 2 * s);
 #pragma unroll
         for (int m = 0; m < tall; ++m) {
-          multiply(sum[m][2 * n], a[m], b[0]);
-          multiply(sum[m][2 * n + 1], a[m], b[1]);
+          multiply(sum[m][2 * n], small.sum[m][2 * n], a[m], b[0]);
+          multiply(sum[m][2 * n + 1], small.sum[m][2 * n + 1], a[m], b[1]);
         }
       }
     }

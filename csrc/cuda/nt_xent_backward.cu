@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
           load_turned(b, right, s * kDeep, channel);
 #pragma unroll
           for (int m = 0; m < out_tall; ++m) {
-            multiply(out[m][2 * n], a[m], b[0]);
-            multiply(out[m][2 * n + 1], a[m], b[1]);
+            multiply(out[m][2 * n], out[m][2 * n], a[m], b[0]);
+            multiply(out[m][2 * n + 1], out[m][2 * n + 1], a[m], b[1]);
           }
         }
       }
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
       for (int n = 0; n < out_wide; ++n) {
         const int channel = out_column + n * 16 * out_across;
         if (channel >= width) continue;
-        float sum[out_tall][2][4] = {};
+        float sum[out_tall][2][4] = {}, small[out_tall][2][4] = {};
 #pragma unroll
         for (int s = 0; s < C::columns / kDeep; ++s) {
           Fragment<product, 2> b[2];
@@ -222,14 +222,14 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
           for (int m = 0; m < out_tall; ++m) {
             Fragment<product, 4> a;
             load_left(a, weights, out_row + 16 * m, 2 * s);
-            multiply(sum[m][0], a, b[0]);
-            multiply(sum[m][1], a, b[1]);
+            multiply(sum[m][0], small[m][0], a, b[0]);
+            multiply(sum[m][1], small[m][1], a, b[1]);
           }
         }
 #pragma unroll
         for (int m = 0; m < out_tall; ++m)
 #pragma unroll
-          for (int i = 0; i < 8; ++i) out[m][2 * n + i / 4][i % 4] += sum[m][i / 4][i % 4];
+          for (int i = 0; i < 8; ++i) out[m][2 * n + i / 4][i % 4] += sum[m][i / 4][i % 4] + small[m][i / 4][i % 4];
       }
     }
     if constexpr (C::stages == 1) {

@@ -1,8 +1,6 @@
-"""nt_xent and info_nce: the battery, then precision, extremes, memory, and the properties of the losses."""
+"""nt_xent and info_nce: the battery, then precision, extremes, and the properties of the losses."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -182,10 +180,9 @@ def test_one_channel_has_no_gradient(backend, loss):
     ],
 )
 def test_float32_gradient_of_aligned_pairs(backend, noise, temperature, tolerance):
-    """Plain float32 cross entropy is off by 3e-5 at 0.07, and by half at 0.02, where the loss is 1e-15."""
+    """Plain float32 cross entropy is off by 3e-5 at 0.07, and by half at 0.02, where the loss is 1e-15. A GPU is
+    held to the same: three products of tf32 lose no more than float32's (test_contrast_precision)."""
     n, d = 512, 256
-    if backend != ("native", "cpu"):
-        tolerance = max(tolerance, 7e-8 / temperature)  # the rounding of a cosine, as tensor cores add it up
     generator = torch.Generator().manual_seed(0)
     base = F.normalize(torch.randn(n, d, generator=generator).double(), dim=1)
     z1, z2 = (
@@ -402,7 +399,7 @@ def test_views_are_symmetric(backend, size, seed):
     assert_all_close(both, mean, 1e-11, floor=1e-12)
 
 
-# ---- determinism and memory
+# ---- determinism
 
 
 @losses
@@ -426,58 +423,3 @@ def test_many_blocks(backend, loss):
     expected = evaluate(loss, "plain", z1, z2, 0.1)
     actual = evaluate(loss, backend[0], *(z.to(backend[1]) for z in (z1, z2)), 0.1)
     assert_all_close(actual, expected, 1e-11)
-
-
-MEMORY = """
-import sys, torch
-from crosspoint import ops
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-n, d = int(sys.argv[1]), int(sys.argv[2])
-z1, z2 = torch.randn(n, d, requires_grad=True), torch.randn(n, d, requires_grad=True)
-getattr(ops, sys.argv[3])(z1[:8], z2[:8], impl="native").backward()
-z1.grad = z2.grad = None
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak counts from here
-before = status("VmRSS")
-getattr(ops, sys.argv[3])(z1, z2, impl="native").backward()
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(
-    ("native", "cpu") not in BACKENDS or sys.platform != "linux", reason="reads /proc, native CPU kernels"
-)
-@pytest.mark.parametrize("op", ["nt_xent", "info_nce"])
-def test_memory_is_what_the_documentation_says(op):
-    n, d = 16384, 32
-    command = [sys.executable, "-c", MEMORY, str(n), str(d), op]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    padded = -(-n // 96) * 96
-    backward = 6 * padded * d * 4 + 64 * padded
-    assert int(done.stdout) < backward + (4 << 20), "a 2N x 2N matrix would take 4 GB"
-
-
-ON_GPUS = [pair for pair in BACKENDS if pair[1] == "cuda"]
-NONE = pytest.param(None, marks=pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.mark.parametrize("backend", ON_GPUS or [NONE], ids="-".join if ON_GPUS else None)
-@pytest.mark.parametrize("op", ["nt_xent", "info_nce"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_memory_on_a_gpu_is_what_the_documentation_says(backend, op, dtype):
-    n, d = 65536, 128
-    z1, z2 = (torch.randn(n, d, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
-    getattr(ops, op)(z1[:512], z2[:512], impl=backend[0]).backward()
-    z1.grad = z2.grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    getattr(ops, op)(z1, z2, impl=backend[0]).backward()
-    element = z1.element_size()
-    backward = 2 * n * d * element + 2 * n * d * 4 + 2 * n * d * element + 256 * n
-    assert torch.cuda.max_memory_allocated() - before < backward + (1 << 20)

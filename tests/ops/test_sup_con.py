@@ -1,8 +1,6 @@
-"""sup_con: the battery, its formula, pytorch-metric-learning's, nt_xent's, precision, extremes, memory."""
+"""sup_con: the battery, its formula, pytorch-metric-learning's, nt_xent's, precision, extremes."""
 
 import math
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -331,37 +329,3 @@ def test_any_number_of_threads_gives_the_same_bits(backend, n, temperature):
             results.append(evaluate(backend[0], z, labels, temperature))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-MEMORY = """
-import sys, torch
-from crosspoint import ops
-
-def status(key):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
-
-n, d = int(sys.argv[1]), int(sys.argv[2])
-z, labels = torch.randn(n, d, requires_grad=True), torch.randint(10, (n,))
-ops.sup_con(z[:8], labels[:8], impl="native").backward()
-z.grad = None
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak counts from here
-before = status("VmRSS")
-ops.sup_con(z, labels, impl="native").backward()
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(
-    ("native", "cpu") not in BACKENDS or sys.platform != "linux", reason="reads /proc, native CPU kernels"
-)
-def test_memory_is_what_the_documentation_says():
-    n, d = 16384, 32
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(n), str(d)], capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    padded = -(-n // 96) * 96
-    backward = 3 * padded * d * 4 + 128 * padded
-    assert int(done.stdout) < backward + (4 << 20), "an N x N matrix would take 1 GB"
