@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosspoint.nn.edge_conv import norm_arguments
+from crosspoint.nn.batch_norm import norm_arguments
 from crosspoint.ops import edge_conv
 
 __all__ = ["Block", "CannotFuse", "max_over_edges", "read_block"]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from crosspoint.models.heads import image_projection_head
 from crosspoint.models.image_encoders import check_image_encoder, create_image_encoder
 from crosspoint.models.registry import POINT_ENCODERS, accepted, create
-from crosspoint.nn import NTXentLoss
+from crosspoint.nn import NTXentLoss, convert_sync_batch_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["CrossPoint", "CrossPointConfig", "CrossPointOutput", "build"]
 
@@ -132,6 +135,15 @@ class CrossPoint(nn.Module):
             name = type(self.image_encoder).__name__
             raise ValueError(f"the image encoder ({name}) must return (B, {width}), got {got}")
         return self.image_projection(feature)
+
+    def synchronise(self, group: ProcessGroup | None = None) -> CrossPoint:
+        """Take negatives and batch statistics from all ranks of `group` (None: all there are), and return the model.
+
+        Then the loss is the same on every rank, and under DistributedDataParallel, which averages gradients, every
+        parameter gets the gradient that one process would have given it with the batches of all ranks.
+        """
+        self.criterion.gather_distributed, self.criterion.group = True, group
+        return convert_sync_batch_norm(self, group)
 
     def train(self, mode: bool = True) -> CrossPoint:
         super().train(mode)

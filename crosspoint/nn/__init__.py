@@ -1,6 +1,7 @@
-"""The operators as modules: edge convolutions and the contrastive losses."""
+"""The operators as modules: edge convolutions and the contrastive losses; batch norm over several processes."""
 
-from crosspoint.nn.edge_conv import DynamicEdgeConv, EdgeConv, EdgeConv2, norm_arguments
+from crosspoint.nn.batch_norm import SyncBatchNorm, convert_sync_batch_norm, norm_arguments
+from crosspoint.nn.edge_conv import DynamicEdgeConv, EdgeConv, EdgeConv2
 from crosspoint.nn.nt_xent import NTXentLoss, SupConLoss
 from crosspoint.nn.shared_linear import SharedLinear
 
@@ -11,5 +12,7 @@ __all__ = [
     "NTXentLoss",
     "SharedLinear",
     "SupConLoss",
+    "SyncBatchNorm",
+    "convert_sync_batch_norm",
     "norm_arguments",
 ]

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from crosspoint.nn.batch_norm import norm_arguments
 from crosspoint.ops import edge_conv, edge_conv2, knn_graph
 
-__all__ = ["DynamicEdgeConv", "EdgeConv", "EdgeConv2", "norm_arguments"]
+__all__ = ["DynamicEdgeConv", "EdgeConv", "EdgeConv2"]
 
 
 class EdgeConv(nn.Module):
@@ -158,7 +159,7 @@ class EdgeConv2(nn.Module):
 
     def forward(self, x: Tensor, idx: Tensor) -> Tensor:
         first, second = norm_arguments(self.bn1), norm_arguments(self.bn2)
-        options = {name: first[name] for name in ("training", "momentum", "eps")}
+        options = {name: first[name] for name in ("training", "momentum", "eps", "group")}
         for name, value in options.items():
             if second[name] != value:
                 raise ValueError(
@@ -183,23 +184,3 @@ class EdgeConv2(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.in_channels}, {self.mid_channels}, {self.out_channels}"
         return f"{sizes}, negative_slope={self.negative_slope}, impl={self.impl!r}"
-
-
-def norm_arguments(bn: nn.modules.batchnorm._BatchNorm) -> dict:
-    """The arguments of `crosspoint.ops.edge_conv` that do what `bn` would, were it called; it counts the batch."""
-    has_running = bn.running_mean is not None
-    updates = bn.training and bn.track_running_stats and has_running
-    uses_running = updates or not bn.training
-    momentum = 0.0
-    if updates:
-        bn.num_batches_tracked.add_(1)
-        momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    return {
-        "gamma": bn.weight,
-        "beta": bn.bias,
-        "running_mean": bn.running_mean if uses_running else None,
-        "running_var": bn.running_var if uses_running else None,
-        "training": bn.training or not has_running,
-        "momentum": momentum,
-        "eps": bn.eps,
-    }

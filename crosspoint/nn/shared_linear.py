@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crosspoint.nn.edge_conv import norm_arguments
+from crosspoint.nn.batch_norm import norm_arguments
 from crosspoint.ops import conv_bn_act_pool
 from crosspoint.ops.reference import masked_batch_norm
 

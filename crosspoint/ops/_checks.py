@@ -58,11 +58,11 @@ def check_norm(
     running_var: Tensor | None,
     *,
     training: bool,
-    values: int,
+    values: int | None,
     negative_slope: float,
     layer: str = "",
 ) -> None:
-    """The weight (C_out, ...), norm and activation that follow a product with x; `values`: what a channel has.
+    """The weight (C_out, ...), norm and activation that follow a product with x; `values`: of a channel, if known.
 
     `layer` ends the names of the arguments in messages.
     """

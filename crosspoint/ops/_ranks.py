@@ -11,7 +11,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Ranks", "check_group", "differentiable_once", "find_ranks"]
+__all__ = [
+    "Ranks",
+    "all_gather",
+    "check_group",
+    "differentiable_once",
+    "find_ranks",
+    "group_size",
+    "merge_statistics",
+]
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -31,7 +39,7 @@ class Ranks:
         self.world = distributed.get_world_size(group)
         own = torch.tensor([*z.shape, _DTYPES.index(z.dtype)], device=z.device)
         # The one place where the host waits for the device: the sizes decide what is allocated.
-        found = _all_gather(own, group, self.world).view(self.world, 3).tolist()
+        found = all_gather(own, group).view(self.world, 3).tolist()
         if len({(d, dtype) for _, d, dtype in found}) > 1:
             said = ", ".join(f"rank {rank}: D = {d}, {_DTYPES[t]}" for rank, (_, d, t) in enumerate(found))
             raise ValueError(f"{op}: every rank must bring embeddings of one D and one dtype, got {said}")
@@ -49,7 +57,7 @@ class Ranks:
             padded = torch.cat([padded, padded.new_zeros(most - self.rows, *x.shape[1:])])
         if padded.numel() == 0:
             return padded.new_empty(self.total, *x.shape[1:])
-        everything = _all_gather(padded, self.group, self.world)
+        everything = all_gather(padded, self.group)
         if min(self.sizes) == most:
             return everything
         parts = everything.view(self.world, most, *x.shape[1:])
@@ -78,7 +86,7 @@ class Ranks:
 
 def find_ranks(op: str, group: ProcessGroup | None, z: Tensor, grad_reduction: str) -> Ranks | None:
     """None without a group, or where this process is all of it. Talks to the other ranks, in `group`'s order."""
-    if group is None or _size(op, group) == 1:
+    if group is None or group_size(op, group) == 1:
         return None
     return Ranks(op, group, z, grad_reduction)
 
@@ -87,10 +95,11 @@ def check_group(op: str, group: ProcessGroup | None, grad_reduction: str) -> Non
     if grad_reduction not in ("mean", "sum"):
         raise ValueError(f"{op}: grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
     if group is not None:
-        _size(op, group)
+        group_size(op, group)
 
 
-def _size(op: str, group: ProcessGroup) -> int:
+def group_size(op: str, group: ProcessGroup) -> int:
+    """How many ranks it has; an error where this process can reach none."""
     from torch import distributed
 
     if not distributed.is_available() or not distributed.is_initialized():
@@ -103,15 +112,49 @@ def _size(op: str, group: ProcessGroup) -> int:
     return size
 
 
-def _all_gather(x: Tensor, group: ProcessGroup, world: int) -> Tensor:
-    """(n, ...) of every rank as (world * n, ...); sent as bytes, which every backend knows."""
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """(n, ...) of every rank as (ranks * n, ...); sent as bytes, which every backend knows."""
     from torch import distributed
 
-    out = x.new_empty(world * x.shape[0], *x.shape[1:])
+    out = x.new_empty(distributed.get_world_size(group) * x.shape[0], *x.shape[1:])
     # Its name from torch 2.13 on, and the one before.
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(out.view(torch.uint8), x.view(torch.uint8), group=group)
     return out
+
+
+def merge_statistics(
+    count: Tensor, mean: Tensor, var: Tensor, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole batch's count (), mean and (biased) variance (C,) from those of this rank, whose count may be 0.
+
+    Differentiable once in mean and var: what this rank gets is the sum over the ranks of what each differentiates.
+    """
+    return _MergedStatistics.apply(count, mean, var, group)
+
+
+class _MergedStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, count, mean, var, group):
+        own = torch.cat([count.reshape(1).to(mean.dtype), mean, var])[None]
+        counts, means, variances = all_gather(own, group).split([1, *mean.shape, *var.shape], 1)
+        whole = counts.sum()
+        share = counts / whole.clamp_min(1)
+        merged = (share * means).sum(0)
+        ctx.group = group
+        ctx.save_for_backward(count.to(mean.dtype) / whole.clamp_min(1), mean - merged)
+        ctx.mark_non_differentiable(whole)
+        return whole, merged, (share * (variances + (means - merged).square())).sum(0)
+
+    @staticmethod
+    def backward(ctx, _, grad_mean, grad_var):
+        from torch import distributed
+
+        share, distance = ctx.saved_tensors
+        both = torch.stack([grad_mean, grad_var])
+        distributed.all_reduce(both, group=ctx.group)
+        grad_mean, grad_var = both
+        return None, share * (grad_mean + 2 * distance * grad_var), share * grad_var, None
 
 
 def differentiable_once(op: str, grads: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -21,16 +21,24 @@ backward pass (in evaluation without gradients it does not exist). While running
 backward 16 C_in C_out; either pass a copy of weight and, per thread, 256 (C_in + C_out). Half types are widened:
 add a float32 copy of x and of its gradient.
 
+Several processes (`group`): as in `edge_conv`, the statistics are those of all ranks' rows; each rank forms its share
+from the Gram matrix of x, in float64.
+
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _gpu, _library, reference
+from crosspoint.ops import _dispatch, _gpu, _library, _rank_norm, reference
 from crosspoint.ops._checks import FLOATS, check_lengths, check_norm, compute_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["conv_bn_act_pool"]
 
@@ -48,6 +56,7 @@ def conv_bn_act_pool(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Each cloud's maximum and mean of leaky_relu(batch_norm(x @ weight.T)).
@@ -69,6 +78,7 @@ def conv_bn_act_pool(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         negative_slope: of the LeakyReLU, >= 0; 0 is ReLU.
+        group: a process group of torch.distributed, whose ranks share batch statistics as in `edge_conv`.
         impl: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -77,12 +87,23 @@ def conv_bn_act_pool(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes and options; ValueError also when training with a single
-            value per channel, as in PyTorch.
+            value per channel, as in PyTorch (with a group, a rank may have one), and where this process is not in
+            the group.
         RuntimeError: for evaluation without running statistics, as in PyTorch.
         IndexError: a length is negative or exceeds N (compiled backends).
     """
+    over_ranks = _rank_norm.spans_ranks("conv_bn_act_pool", group) and training
     lengths = _check(
-        x, weight, gamma, beta, running_mean, running_var, lengths, training=training, slope=negative_slope
+        x,
+        weight,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        lengths,
+        training=training,
+        slope=negative_slope,
+        over_ranks=over_ranks,
     )
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -102,7 +123,15 @@ def conv_bn_act_pool(
                 momentum=momentum,
                 eps=eps,
                 negative_slope=negative_slope,
+                group=group if over_ranks else None,
             )
+    if over_ranks:
+        with torch.autocast(device, enabled=False):
+            x, share = _rank_norm.of_rows(x, weight, lengths, group)
+            gamma, beta, running_mean, running_var = _rank_norm.over_ranks(
+                x, gamma, beta, running_mean, running_var, share, momentum=momentum, eps=eps, group=group
+            )
+        training = False
     return _ConvBnActPool.apply(
         x,
         weight,
@@ -131,6 +160,7 @@ def _check(
     *,
     training: bool,
     slope: float,
+    over_ranks: bool,
 ) -> Tensor | None:
     """The lengths as int64."""
     if x.dim() != 3:
@@ -153,7 +183,7 @@ def _check(
         running_mean,
         running_var,
         training=training,
-        values=x.shape[0] * x.shape[1],
+        values=None if over_ranks else x.shape[0] * x.shape[1],
         negative_slope=slope,
     )
     return check_lengths("conv_bn_act_pool", "lengths", lengths, "x", x)

@@ -27,16 +27,24 @@ most ceil(N / 64). Per thread, one tile: max(96, k) (C_mid + C_out) forward, 2 m
 types are widened: add a float32 copy of x, out and its gradient. Without gradients nothing is kept. GPUs keep the
 same and need other workspace, see docs/derivations/edge_conv2.md.
 
+Statistics over several processes (`group`) are the reference's alone, with its memory: those of the second norm are
+known in the middle of the fused passes, which have no place to exchange them.
+
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from crosspoint.ops import _dispatch, _gpu, _library, reference
+from crosspoint.ops import _dispatch, _gpu, _library, _rank_norm, reference
 from crosspoint.ops._checks import check_neighbours, check_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["edge_conv2"]
 
@@ -59,6 +67,7 @@ def edge_conv2(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """max over the neighbours j of i of layer2(layer1([x_j - x_i, x_i])); a layer: linear map, batch norm, LeakyReLU.
@@ -83,6 +92,8 @@ def edge_conv2(
         momentum: weight of this batch in the running statistics.
         eps: added to the variances.
         negative_slope: of both LeakyReLUs, >= 0; 0 is ReLU.
+        group: a process group of torch.distributed, whose ranks share the statistics of both norms as in `edge_conv`.
+            When training with several ranks only the reference can, and "auto" takes it.
         impl: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -95,16 +106,22 @@ def edge_conv2(
         IndexError: for an entry of idx that is neither -1 nor in [0, N) (compiled backends).
     """
     norm1, norm2 = (gamma1, beta1, running_mean1, running_var1), (gamma2, beta2, running_mean2, running_var2)
-    _check(x, idx, weight1, norm1, weight2, norm2, training, negative_slope)
+    over_ranks = _rank_norm.spans_ranks("edge_conv2", group) and training and gamma1 is not None
+    _check(x, idx, weight1, norm1, weight2, norm2, training, negative_slope, over_ranks)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     tensors = (x, idx, weight1, gamma1, beta1, weight2, gamma2, beta2, *norm1[2:], *norm2[2:])
-    backend = _dispatch.choose("edge_conv2", impl, x.device)
+    backend = _dispatch.choose("edge_conv2", impl, x.device, over_ranks=over_ranks)
     if backend == "reference":
         with torch.autocast(device, enabled=False):
             return reference.edge_conv2(
-                *tensors, training=training, momentum=momentum, eps=eps, negative_slope=negative_slope
+                *tensors,
+                training=training,
+                momentum=momentum,
+                eps=eps,
+                negative_slope=negative_slope,
+                group=group if over_ranks else None,
             )
     options = (training, momentum, eps, negative_slope)
     return _EdgeConv2.apply(*tensors, *options, torch.is_grad_enabled(), backend)[0]
@@ -119,6 +136,7 @@ def _check(
     norm2: tuple[Tensor | None, ...],
     training: bool,
     negative_slope: float,
+    over_ranks: bool,
 ) -> None:
     check_neighbours("edge_conv2", x, idx)
     if idx.shape[1] != x.shape[1]:
@@ -147,7 +165,8 @@ def _check(
             f"edge_conv2: both layers have a norm, or neither: got {given} but {missing} is None"
         )
     for layer, weight, norm in (("1", weight1, norm1), ("2", weight2, norm2)):
-        options = {"training": training, "values": idx.numel(), "negative_slope": negative_slope}
+        values = None if over_ranks else idx.numel()
+        options = {"training": training, "values": values, "negative_slope": negative_slope}
         check_norm("edge_conv2", x, weight, *norm, layer=layer, **options)
 
 
@@ -345,4 +364,15 @@ class _EdgeConv2Backward(torch.autograd.Function):
         )
 
 
-_dispatch.register("edge_conv2", "edge_conv2", "edge_conv2_backward")
+def _why_not_over_ranks(*, over_ranks: bool) -> str | None:
+    if not over_ranks:
+        return None
+    return "batch statistics over several processes (group=) are the reference's alone; use impl='reference'"
+
+
+_dispatch.register(
+    "edge_conv2",
+    "edge_conv2",
+    "edge_conv2_backward",
+    limits=dict.fromkeys(("native", "triton"), _why_not_over_ranks),
+)

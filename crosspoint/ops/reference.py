@@ -6,9 +6,16 @@ in float32. They are written to be read; memory and speed come second.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from crosspoint.ops._ranks import merge_statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "edge_conv",
@@ -119,17 +126,18 @@ def edge_conv(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     dtype = x.dtype
     x, weight = _widen(x), _widen(weight)
-    batch, n, k = idx.shape
-    if x.numel() == 0 or k == 0:
-        return (x.sum() + weight.sum()).mul(0).to(dtype).expand(batch, n, weight.shape[0]).clone()
     edges, valid = _edges(x, idx)
     h = edges @ weight.t()  # (B, N, k, C_out)
-
     if gamma is not None and beta is not None:
-        h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+        h = masked_batch_norm(
+            h, valid, gamma, beta, running_mean, running_var, training, momentum, eps, group
+        )
+    if h.numel() == 0:
+        return h.sum().to(dtype).expand(*idx.shape[:2], weight.shape[0]).clone()
     return _first_largest(F.leaky_relu(h, negative_slope), valid, 2)[0].to(dtype)
 
 
@@ -151,13 +159,10 @@ def edge_conv2(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     dtype = x.dtype
     x, weight1, weight2 = _widen(x), _widen(weight1), _widen(weight2)
-    if idx.numel() == 0:
-        leaves = (x, weight1, gamma1, beta1, weight2, gamma2, beta2)
-        nothing = sum(t.to(x.dtype)[:0].sum() for t in leaves if t is not None)
-        return nothing.to(dtype).expand(*idx.shape[:2], weight2.shape[0]).clone()
     h, valid = _edges(x, idx)
     for weight, gamma, beta, running_mean, running_var in (
         (weight1, gamma1, beta1, running_mean1, running_var1),
@@ -165,8 +170,12 @@ def edge_conv2(
     ):
         h = torch.where(valid, h, 0) @ weight.t()  # (B, N, k, C_mid), then C_out
         if gamma is not None and beta is not None:
-            h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+            h = masked_batch_norm(
+                h, valid, gamma, beta, running_mean, running_var, training, momentum, eps, group
+            )
         h = F.leaky_relu(h, negative_slope)
+    if h.numel() == 0:
+        return h.sum().to(dtype).expand(*idx.shape[:2], weight2.shape[0]).clone()
     return _first_largest(h, valid, 2)[0].to(dtype)
 
 
@@ -223,13 +232,17 @@ def masked_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Batch norm of h (..., C) over the entries that are valid (..., 1); updates the running statistics."""
+    """Batch norm of h (..., C) over the entries that are valid (..., 1), of all ranks of a group of several; updates
+    the running statistics."""
     if training:
         dims = tuple(range(h.dim() - 1))
         count = valid.sum().to(h.dtype)
         mean = torch.where(valid, h, 0).sum(dims) / count.clamp_min(1)
         var = torch.where(valid, h - mean, 0).square().sum(dims) / count.clamp_min(1)
+        if group is not None:
+            count, mean, var = merge_statistics(count, mean, var, group)
         if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 step = momentum * (count > 0).to(count.dtype)
@@ -254,19 +267,19 @@ def conv_bn_act_pool(
     momentum: float = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.2,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     dtype = x.dtype
     x, weight = _widen(x), _widen(weight)
     batch, n, _ = x.shape
-    if x.numel() == 0:
-        zero = x.sum() + weight.sum() + _widen(gamma).sum() + _widen(beta).sum()
-        return zero.mul(0).to(dtype).expand(batch, 2 * weight.shape[0]).clone()
     if lengths is None:
         lengths = torch.full((batch,), n, device=x.device)
     valid = (torch.arange(n, device=x.device) < lengths[:, None])[..., None]  # (B, N, 1)
     h = torch.where(valid, x, 0) @ weight.t()  # (B, N, C_out)
-    h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps)
+    h = masked_batch_norm(h, valid, gamma, beta, running_mean, running_var, training, momentum, eps, group)
     h = F.leaky_relu(h, negative_slope)
+    if h.numel() == 0:
+        return h.sum().to(dtype).expand(batch, 2 * weight.shape[0]).clone()
     mean = torch.where(valid, h, 0).sum(1) / lengths[:, None].clamp_min(1)
     largest, _ = _first_largest(h, valid, 1)
     return torch.cat([largest, mean], 1).to(dtype)

@@ -1,4 +1,4 @@
-"""What the processes of test_contrast.py run: every call once, the results saved for the test to judge."""
+"""What the processes of these tests run: every call once, the results saved for the tests to judge."""
 
 import functools
 import importlib
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import norm_layers
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -81,7 +82,8 @@ def work(rank: int, world: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world
     )
-    torch.save(results(rank, world), f"{folder}/results{world}.{rank}")
+    found = {**results(rank, world), "norms": norm_layers.results(rank, world, distributed.group.WORLD)}
+    torch.save(found, f"{folder}/results{world}.{rank}")
     distributed.barrier()
     distributed.destroy_process_group()
 

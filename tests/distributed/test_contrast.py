@@ -1,11 +1,7 @@
-"""The contrastive losses over several processes: what one process with all samples gives, for any split.
-
-Real processes on one machine (gloo): one spawn for each number of ranks, whose results the tests judge.
-"""
+"""The contrastive losses over several processes: what one process with all samples gives, for any split."""
 
 import pytest
 import torch
-from torch import multiprocessing
 
 import rank_worker
 from crosspoint import ops
@@ -15,24 +11,6 @@ from rank_worker import LOSSES, SIZES, TEMPERATURE, Encoder, call, gradients, le
 WORLDS = list(SIZES)
 worlds = pytest.mark.parametrize("world", WORLDS)
 several = pytest.mark.parametrize("world", WORLDS[1:])
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """results(world): what each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    found = {}
-
-    def of(world: int) -> list[dict]:
-        if world not in found:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OMP_NUM_THREADS", "1")
-                patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-                multiprocessing.spawn(rank_worker.work, (world, str(folder)), nprocs=world)
-            found[world] = [torch.load(folder / f"results{world}.{rank}") for rank in range(world)]
-        return found[world]
-
-    return of
 
 
 def one_process(loss: str) -> dict:

@@ -1,0 +1,146 @@
+"""Layers with batch norm, as every rank calls them on its clouds and one process on all; the clouds of each rank."""
+
+import functools
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from crosspoint import models, ops
+from crosspoint.nn import EdgeConv2, SharedLinear, SyncBatchNorm, convert_sync_batch_norm
+
+CLOUDS = {1: [8], 2: [5, 3], 3: [4, 0, 4], 4: [1, 3, 2, 2]}  # of each rank
+N, K, C_IN, C_OUT = 20, 4, 5, 7
+LAYERS = ("edge_conv", "edge_conv2", "conv_bn_act_pool")
+
+
+@functools.cache
+def inputs() -> dict[str, Tensor]:
+    """What belongs to clouds: x, far-off centres in it, a graph with edges that do not exist, lengths, gradients."""
+    generator = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    x = draw(8, N, C_IN) + 3 * draw(8, 1, C_IN)
+    idx = torch.randint(-1, N, (8, N, K), generator=generator)
+    idx[2] = -1  # a cloud without edges
+    lengths = torch.randint(0, N + 1, (8,), generator=generator)
+    return {"x": x, "idx": idx, "lengths": lengths, "grad": draw(8, N, C_OUT), "pooled": draw(8, 2 * C_OUT)}
+
+
+def layer(op: str, given: dict[str, Tensor], dtype: torch.dtype, **options) -> dict[str, Tensor]:
+    """The output of an op on clouds, all gradients and the running statistics it leaves."""
+    generator = torch.Generator().manual_seed(4)
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+
+    def norm():
+        return [draw(C_OUT).to(dtype), draw(C_OUT).to(dtype)]
+
+    running = [t.to(dtype) for t in (draw(C_OUT), draw(C_OUT).exp(), draw(C_OUT), draw(C_OUT).exp())]
+    first = draw(C_OUT, C_IN if op == "conv_bn_act_pool" else 2 * C_IN).to(dtype)
+    leaves = [given["x"].to(dtype), first, *norm()]
+    grad = given["grad"]
+    if op == "edge_conv2":
+        leaves += [draw(C_OUT, C_OUT).to(dtype), *norm()]
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    x, *parameters = leaves
+    common = {"training": True, "momentum": 0.3, **options}
+    if op == "conv_bn_act_pool":
+        y = ops.conv_bn_act_pool(x, *parameters, *running[:2], lengths=given["lengths"], **common)
+        grad = given["pooled"]
+    else:
+        statistics = running if op == "edge_conv2" else running[:2]
+        y = getattr(ops, op)(x, given["idx"], *parameters, *statistics, **common)
+    y.backward(grad.to(dtype))
+    found = {f"d{i}": leaf.grad for i, leaf in enumerate(parameters)}
+    return {"y": y.detach(), "dx": x.grad, **found, **{f"running{i}": t for i, t in enumerate(running)}}
+
+
+class Plain(nn.Module):
+    """Norms of other layers, and fused layers that hold one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.image = nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6, momentum=None),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.linear = SharedLinear(C_IN, 6)
+        self.edges = EdgeConv2(C_IN, 5, 6, impl="reference")
+        self.last = nn.Sequential(nn.Linear(18, 4, bias=False), nn.BatchNorm1d(4, affine=False))
+
+    def forward(self, x: Tensor, idx: Tensor, lengths: Tensor) -> Tensor:
+        image = self.image(x[:, :18, :3].reshape(-1, 3, 6, 3))
+        points = self.linear(x, lengths)[:, 0] + self.linear(x)[:, 1]
+        return self.last(torch.cat([image, points, self.edges(x, idx).sum(1)], 1))
+
+
+def module(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
+    model = convert(Plain().double())
+    x = given["x"].clone().requires_grad_()
+    y = model(x, given["idx"], given["lengths"])
+    (y * given["pooled"][:, :4]).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"y": y.detach(), "dx": x.grad, **gradients, **dict(model.named_buffers())}
+
+
+class TinyImages(nn.Module):
+    feature_dim = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).flatten(1)
+
+
+class Pinned(models.DGCNN):
+    """On graphs that are given: neighbours must not depend on the last digit of a feature."""
+
+    def forward(self, points: Tensor) -> Tensor:
+        return super().forward(points, graphs=[self.graph] * 4)
+
+
+def crosspoint(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
+    """A whole step of CrossPoint."""
+    torch.manual_seed(6)
+    model = models.CrossPoint(Pinned(K, projection_dim=8), TinyImages()).double()
+    graph = given["idx"].clamp_min(0)
+    model.point_encoder.graph = torch.cat([graph, graph])
+    x = given["x"]
+    step = convert(model)  # kept until gradients are there: with it would go what averages them
+    out = step(x[..., :3], x[..., 2:5], x[:, :18, :3].reshape(-1, 3, 6, 3))
+    out.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": out.loss.detach(), **gradients, **dict(model.named_buffers())}
+
+
+def results(rank: int, world: int, group) -> dict:
+    first = sum(CLOUDS[world][:rank])
+    own = {name: t[first : first + CLOUDS[world][rank]] for name, t in inputs().items()}
+    found = {}
+    for op, impl in itertools.product(LAYERS, ("native", "reference")):
+        if (op, impl) != ("edge_conv2", "native") or world == 1:
+            found[op, impl] = layer(op, own, torch.float64, impl=impl, group=group)
+    far = {**own, "x": own["x"] + 1000}
+    for op in ("edge_conv", "conv_bn_act_pool"):
+        found[op, "far"] = layer(op, far, torch.float32, group=group)
+        found[op, "half"] = layer(op, own, torch.bfloat16, group=group)
+    try:
+        found["refused"] = layer("edge_conv2", own, torch.float64, impl="native", group=group)
+    except RuntimeError as error:
+        found["refused"] = str(error)
+    found["module"] = module(own, convert_sync_batch_norm)
+    norm = SyncBatchNorm(C_IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        found["half"] = norm(own["x"].flatten(0, 1).bfloat16())
+    found["running"] = norm.running_var
+    found["crosspoint"] = crosspoint(own, lambda model: DistributedDataParallel(model.synchronise()))
+    return found
