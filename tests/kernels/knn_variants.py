@@ -54,7 +54,9 @@ def variants() -> list[Variant]:
     found.append(Variant("enclose", knn_tree.enclose_kernel, TYPES, {}, {"num_warps": 1}))
     for entry in knn_tree.TREE:
         sets = {**entry.constants(), "SELF": direct.OTHER_SET.value}
-        found.append(Variant(f"tree-{entry.k}", knn_tree.tree_kernel, TYPES, sets, entry.options()))
-    own = {**knn_tree.TREE[0].constants(), **graph, "p_near": None}
-    found.append(Variant("tree-graph", knn_tree.tree_kernel, TYPES, own, knn_tree.TREE[0].options()))
+        own = {**entry.constants(), **graph, "p_near": None}
+        found += [
+            Variant(f"tree-{entry.k}", knn_tree.tree_kernel, TYPES, sets, entry.options()),
+            Variant(f"tree-graph-{entry.k}", knn_tree.tree_kernel, TYPES, own, entry.options()),
+        ]
     return found
