@@ -1,6 +1,7 @@
 """The bindings of CUDA kernels compile against this torch, and need nothing that torch 2.11 lacks."""
 
 import importlib.util
+import re
 import subprocess
 from pathlib import Path
 
@@ -39,3 +40,7 @@ def test_binding_compiles_and_asks_torch_2_11_for_what_it_has(source, tmp_path):
     assert "aoti_torch_get_current_cuda_stream" in foreign
     known = set((ROOT / "tests" / "torch_2.11_stable_abi.txt").read_text().split())
     assert foreign <= known, f"not in torch 2.11: {sorted(foreign - known)}"
+    waiting = {
+        name for name in needed if re.fullmatch(r"cuda(\w+Synchronize|Memcpy|Memset|Malloc|Free)", name)
+    }
+    assert not waiting, "a binding enqueues, and waits for nothing"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 START = """
 import conftest  # mends the interpreter for numpy
 import torch
@@ -18,10 +20,13 @@ dist2, idx = ops.knn(x, x, 3, lengths_points=torch.tensor([-5, 9]), impl="triton
 assert (idx[0] == -1).all()
 """
 
-INDICES = """
+GRAPH = """
 x = torch.randn(2, 9, 3)
 idx = torch.randint(0, 9, (2, 9, 4))
 idx[1, 2, 3], idx[1, 4, 0] = 9, 1 << 40
+"""
+
+INDICES = """
 right = torch.where(idx < 9, idx, -1)
 leaves = [x.clone().requires_grad_() for _ in range(2)]
 for op in (ops.neighbor_sum, lambda *args, **impl: ops.gather_max(*args, **impl)[0]):
@@ -51,12 +56,22 @@ def test_lengths_are_checked_where_the_environment_asks():
 
 
 def test_wrong_indices_are_no_edges():
-    done = run(INDICES, "0")
+    done = run(GRAPH + INDICES, "0")
     assert done.returncode == 0, done.stderr
 
 
-def test_indices_are_checked_where_the_environment_asks():
-    done = run(INDICES, "1")
-    assert (
-        "IndexError: neighbor_sum: idx[1, 2, 3] is 9, but it must be -1 (no edge) or in [0, 9)" in done.stderr
-    )
+@pytest.mark.parametrize(
+    ("op", "call"),
+    [
+        ("neighbor_sum", "ops.neighbor_sum(x, idx, impl='triton')"),
+        ("gather_max", "ops.gather_max(x, idx, impl='triton')"),
+        ("edge_conv", "ops.edge_conv(x, idx, weight, None, None, training=True, impl='triton')"),
+        (
+            "edge_conv2",
+            "ops.edge_conv2(x, idx, weight, None, None, weight[:, :5], None, None, training=True, impl='triton')",
+        ),
+    ],
+)
+def test_indices_are_checked_where_the_environment_asks(op, call):
+    done = run(f"{GRAPH}weight = torch.randn(5, 6)\n{call}", "1")
+    assert f"IndexError: {op}: idx[1, 2, 3] is 9, but it must be -1 (no edge) or in [0, 9)" in done.stderr

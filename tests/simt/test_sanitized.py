@@ -15,6 +15,7 @@ from simt_harness import sanitizer_environment
     [
         "test_samples.py",
         "test_knn.py",
+        "test_reverse_graph.py",
         "test_gather.py",
         "test_edge_conv.py",
         "test_edge_conv2.py",
