@@ -164,6 +164,7 @@ def moments_kernel(
     C,
     parts,
     PART,
+    PRODUCT: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -192,9 +193,9 @@ def moments_kernel(
         b_sum = tl.load(p_sum + o_node[None, :] * C + o_left[:, None], mask=m_left, other=0.0)
         b_right = tl.load(p_x + o_node[:, None] * C + o_right[None, :], mask=m_right, other=0.0)
         b_left_in, b_left_out = b_left * b_in[None, :], b_left * b_out[None, :]
-        b_jj = tl.dot(b_left_in, b_right, b_jj, input_precision="ieee", out_dtype=T)
-        b_ji = tl.dot(b_sum, b_right, b_ji, input_precision="ieee", out_dtype=T)
-        b_ii = tl.dot(b_left_out, b_right, b_ii, input_precision="ieee", out_dtype=T)
+        b_jj = tl.dot(b_left_in, b_right, b_jj, input_precision=PRODUCT, out_dtype=T)
+        b_ji = tl.dot(b_sum, b_right, b_ji, input_precision=PRODUCT, out_dtype=T)
+        b_ii = tl.dot(b_left_out, b_right, b_ii, input_precision=PRODUCT, out_dtype=T)
         b_j += tl.sum(b_left_in, 1).to(tl.float64)
         b_i += tl.sum(b_left_out, 1).to(tl.float64)
     p_gram += i_part * 3 * C * C + o_left[:, None] * C + o_right[None, :]

@@ -434,7 +434,7 @@ def input_terms_kernel(
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Rows and columns of left^T (scale [A | D]): of the identity (WHICH = 0), of mean_term^T (1), or of slope_term
+    """Rows and columns of left^T (scale [A | D]): of the identity (WHICH = 0), of mean_term^T (1), or of -slope_term
     [A | D] (2)."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -463,6 +463,7 @@ def input_terms_kernel(
     else:
         o_own = tl.where(o_column < C, 0, rows)[None, :] + o_row[:, None]
         o_within = tl.where(o_column < C, o_column, o_column - C)
+        b_sum = -b_sum if WHICH == 2 else b_sum
         tl.store(p_out + o_own * C + o_within[None, :], b_sum.to(T), mask=m_out)
 
 
@@ -498,7 +499,7 @@ def input_terms(
     square: Tensor | None,
 ) -> None:
     """halves (2 C_out, C): scale [A | D], its halves above one another. Where the batch made the statistics also
-    constant (B, 2 C), what each edge takes from x_j and x_i, and square (4 C, C) = [A | D]^T (slope_term scale)
+    constant (B, 2 C), what each edge takes from x_j and x_i, and square (4 C, C) = -[A | D]^T (slope_term scale)
     [A | D], its halves above one another."""
     channels, width = weight.shape
     jobs = [(0, rstd, halves, channels)]

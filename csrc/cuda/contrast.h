@@ -67,11 +67,7 @@ struct Fragment {
   __device__ __forceinline__ void split() {
     if constexpr (product == Product::tf32x3) {
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        const float x = __uint_as_float(high[i]);
-        high[i] = to_tf32(x);
-        low[i] = to_tf32(x - __uint_as_float(high[i]));
-      }
+      for (int i = 0; i < n; ++i) split_tf32(__uint_as_float(high[i]), high[i], low[i]);
     }
   }
 };

@@ -217,10 +217,8 @@ struct Block {
   }
 
   __device__ static void split(uint32_t& x, uint32_t& low) {
-    const float whole = __uint_as_float(x);
-    x = to_tf32(whole);
-    const float rest = whole - __uint_as_float(x);
-    low = rest == rest ? to_tf32(rest) : 0u;  // infinities are in the high part alone
+    split_tf32(__uint_as_float(x), x, low);
+    if (__uint_as_float(low) != __uint_as_float(low)) low = 0u;  // infinities are in the high part alone
   }
 };
 

@@ -3,6 +3,8 @@
 
 #include <cmath>
 
+#include "cuda/edge_slices.h"
+#include "cuda/mma.h"
 #include "cuda/rows.h"
 #include "cuda/warp.h"
 
@@ -10,15 +12,9 @@ namespace crosspoint::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kGatherThreads = 512;
-template <class T>
-constexpr int kGatherBlocks = sizeof(T) == 4 ? 2 : 1;  // of a multiprocessor, as far as registers go
 constexpr int kCentreThreads = 1024;
 constexpr int kCentreWarps = kCentreThreads / kWarp;
 constexpr int kAhead = 8;  // nodes that a warp reads before it needs the first of them
-constexpr int64_t kMostShared = 96 << 10;  // leaves room for two blocks, and fits every chip since sm_80
-constexpr int64_t kWidest = 16;            // channels of a slice: 64 kB of a cloud of 1,024 nodes
-constexpr int64_t kEnoughBlocks = 256;     // about two on each multiprocessor
 
 // ---- degrees and centres
 
@@ -100,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) conv_subtract(EdgeConvCentreArgs<T> 
   const int64_t nodes = args.batch * args.n, C = args.channels, groups = (C + kFour - 1) / kFour;
   for (int64_t t = blockIdx.x * int64_t(kThreads) + threadIdx.x; t < nodes * groups; t += gridDim.x * int64_t(kThreads)) {
     const int64_t i = quotient(t, groups), c = (t - i * groups) * kFour, at = i * C + c;
-    const int count = C - c < kFour ? static_cast<int>(C - c) : kFour;
+    const int count = part_of_four(C - c);
     const Four<T> x = load_four<T>(args.x + at, count, fours);
     const Four<T> centre = load_four<T>(args.centre + quotient(i, args.n) * C + c, count, fours);
     const bool touched = args.degrees[i] > 0 || args.degrees[nodes + i] > 0;
@@ -111,75 +107,10 @@ __global__ void __launch_bounds__(kThreads) conv_subtract(EdgeConvCentreArgs<T> 
   }
 }
 
-// ---- gathers: a block for a slice of a cloud's channels (and a part of its nodes), four channels a thread
-
-struct Slices {
-  int64_t batch, n, channels, width, parts;  // width: channels of a slice, a multiple of four
-  bool shared;                               // the slice of all nodes in shared memory, else read where it is
-
-  __host__ __device__ int64_t count() const { return (channels + width - 1) / width; }
-  __host__ __device__ int64_t pieces() const { return batch * count() * parts; }
-};
-
-template <class T>
-Slices slices_of(const Graph& graph, int64_t channels) {
-  Slices s{graph.batch, graph.n, channels, kWidest, 1, true};
-  while (s.width > kFour && (channels <= s.width / 2 || graph.n * s.width * int64_t(sizeof(T)) > kMostShared))
-    s.width /= 2;
-  s.shared = graph.n * s.width * int64_t(sizeof(T)) <= kMostShared;
-  if (!s.shared) s.width = channels <= kFour ? kFour : channels <= 2 * kFour ? 2 * kFour : kWidest;
-  const int64_t at_once = kGatherThreads / (s.width / kFour), most = (graph.n + at_once - 1) / at_once;
-  const int64_t wanted = (kEnoughBlocks + s.pieces() - 1) / s.pieces();
-  s.parts = !s.shared ? most : wanted < most ? wanted : most;
-  return s;
-}
-
-// One piece of a gather: which cloud, channels and nodes, and the rows to gather.
-template <class T, bool shared>
-struct Piece {
-  int64_t b, first, last;  // nodes [first, last)
-  int64_t c;               // this thread's first channel
-  int count;               // of its four channels, those that exist
-  int node;                // this thread's place among those that work on a node each
-  int at_once;
-  const T* rows;
-  int64_t stride;
-  bool whole;
-
-  // `table` has `row_stride` elements a node; the slice's columns of all nodes are copied to `space`. The whole block
-  // calls.
-  __device__ Piece(const Slices& s, int64_t piece, const T* table, int64_t row_stride, bool fours, T* space) {
-    const int per_node = static_cast<int>(s.width / kFour), slices = static_cast<int>(s.count());
-    const int64_t part = piece % s.parts, slice = piece / s.parts % slices;
-    b = piece / s.parts / slices;
-    at_once = kGatherThreads / per_node;
-    node = threadIdx.x / per_node;
-    const int mine = threadIdx.x % per_node * kFour;
-    c = slice * s.width + mine;
-    const int64_t left = s.channels - c;
-    count = left < 0 ? 0 : left < kFour ? static_cast<int>(left) : kFour;
-    first = part * s.n / s.parts;
-    last = (part + 1) * s.n / s.parts;
-    table += b * s.n * row_stride + c;
-    if constexpr (shared) {
-      __syncthreads();  // the piece before is done with the space
-      for (int64_t j = node; j < s.n; j += at_once)
-        *reinterpret_cast<Four<T>*>(space + j * s.width + mine) = load_four<T>(table + j * row_stride, count, fours);
-      __syncthreads();
-      rows = space + mine, stride = s.width, whole = true;
-    } else {
-      rows = table, stride = row_stride, whole = fours;
-    }
-  }
-
-  __device__ __forceinline__ Four<T> row(int64_t j) const {
-    if constexpr (shared) return *reinterpret_cast<const Four<T>*>(rows + j * stride);
-    return load_four<T>(rows + j * stride, count, whole);
-  }
-};
+// ---- gathers
 
 template <class T, bool shared>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T>)
+__global__ void __launch_bounds__(kSliceThreads, kSliceBlocks<T>)
     conv_neighbor_sum(EdgeConvSumArgs<T> args, Slices slices, bool fours) {
   SharedArena arena;
   T* space = arena.take<T>(shared ? slices.n * slices.width : 0);
@@ -216,7 +147,7 @@ __device__ __forceinline__ void store_slots(void* slot, int bytes, int64_t at, c
 }
 
 template <class T, bool shared>
-__global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T>)
+__global__ void __launch_bounds__(kSliceThreads, kSliceBlocks<T>)
     conv_max(EdgeConvMaxArgs<T> args, Slices slices, bool fours) {
   SharedArena arena;
   T* space = arena.take<T>(shared ? slices.n * slices.width : 0);
@@ -282,7 +213,54 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks<T>)
 
 // ---- sums over edges in input space
 
-// A block for a square of kSide M channels and a part of a cloud's nodes, M x M of each matrix a thread.
+// A square of channels and a part of a cloud's nodes.
+struct MomentsPiece {
+  int64_t part, b, left, right;  // the first channels of its rows and columns
+  int64_t begin, end;            // nodes of cloud b
+
+  template <class T>
+  __device__ MomentsPiece(const EdgeConvMomentsArgs<T>& args, int64_t piece, int64_t width) {
+    const int64_t tiles = (args.channels + width - 1) / width, each = (args.n + args.parts - 1) / args.parts;
+    part = piece / (tiles * tiles), b = part / args.parts;
+    left = piece / tiles % tiles * width, right = piece % tiles * width;
+    begin = part % args.parts * each;
+    end = begin + each < args.n ? begin + each : args.n;
+  }
+};
+
+// Sums of x_j and of x_i over the edges, of the channel of each thread below W.
+struct FirstSums {
+  double j = 0, i = 0;
+
+  template <class T, int rows, int pitch>
+  __device__ __forceinline__ void add(const T (&x)[rows][pitch], const T (&degree)[2][rows]) {
+    T part_j = 0, part_i = 0;
+    for (int r = 0; r < rows; ++r) {
+      part_j += degree[1][r] * x[r][threadIdx.x];
+      part_i += degree[0][r] * x[r][threadIdx.x];
+    }
+    j += part_j;
+    i += part_i;
+  }
+  template <class T>
+  __device__ __forceinline__ void store(const EdgeConvMomentsArgs<T>& args, const MomentsPiece& piece) const {
+    if (piece.left + threadIdx.x >= args.channels) return;
+    double* first = args.first + piece.part * 2 * args.channels + piece.left + threadIdx.x;
+    first[0] = j;
+    first[args.channels] = i;
+  }
+};
+
+// Degrees of `rows` nodes from i0 on, 0 beyond the piece's last; the threads below 2 rows call.
+template <class T, int rows>
+__device__ __forceinline__ void load_degrees(T (&degree)[2][rows], const EdgeConvMomentsArgs<T>& args, const MomentsPiece& piece,
+                                             int64_t i0) {
+  const int which = threadIdx.x / rows, row = threadIdx.x % rows;
+  const int64_t at = (which * args.batch + piece.b) * args.n + i0 + row;
+  degree[which][row] = i0 + row < piece.end ? T(args.degrees[at]) : T(0);
+}
+
+// A block for kSide M channels by as many, M x M of each matrix a thread.
 constexpr int kSide = 16, kRows = 16;
 
 template <class T, int M>
@@ -294,36 +272,21 @@ __global__ void __launch_bounds__(kSide* kSide) conv_moments(EdgeConvMomentsArgs
   CROSSPOINT_SHARED(degree, T[2][kRows]);
   const int64_t C = args.channels, tiles = (C + W - 1) / W;
   const int row = threadIdx.x / kSide, column = threadIdx.x % kSide;
-  for (int64_t piece = blockIdx.x; piece < args.batch * args.parts * tiles * tiles; piece += gridDim.x) {
-    const int64_t part = piece / (tiles * tiles), b = part / args.parts;
-    const int64_t c_left = piece / tiles % tiles * W, c_right = piece % tiles * W;
-    const int64_t each = (args.n + args.parts - 1) / args.parts, begin = part % args.parts * each;
-    const int64_t end = begin + each < args.n ? begin + each : args.n;
+  for (int64_t p = blockIdx.x; p < args.batch * args.parts * tiles * tiles; p += gridDim.x) {
+    const MomentsPiece piece(args, p, W);
     T jj[M][M] = {}, ji[M][M] = {}, ii[M][M] = {};
-    double first_j = 0, first_i = 0;  // of channel c_left + threadIdx.x
-    for (int64_t i0 = begin; i0 < end; i0 += kRows) {
+    FirstSums first;
+    for (int64_t i0 = piece.begin; i0 < piece.end; i0 += kRows) {
       __syncthreads();
       for (int e = threadIdx.x; e < kRows * W; e += kSide * kSide) {
-        const int64_t i = i0 + e / W, at = (b * args.n + i) * C, l = c_left + e % W, r = c_right + e % W;
-        left[e / W][e % W] = i < end && l < C ? args.x[at + l] : T(0);
-        sums[e / W][e % W] = i < end && l < C ? args.sums[at + l] : T(0);
-        right[e / W][e % W] = i < end && r < C ? args.x[at + r] : T(0);
+        const int64_t i = i0 + e / W, l = piece.left + e % W, r = piece.right + e % W, at = (piece.b * args.n + i) * C;
+        left[e / W][e % W] = i < piece.end && l < C ? args.x[at + l] : T(0);
+        sums[e / W][e % W] = i < piece.end && l < C ? args.sums[at + l] : T(0);
+        right[e / W][e % W] = i < piece.end && r < C ? args.x[at + r] : T(0);
       }
-      if (threadIdx.x < 2 * kRows) {
-        const int64_t i = i0 + threadIdx.x % kRows;
-        const int32_t* degrees = args.degrees + threadIdx.x / kRows * args.batch * args.n;
-        degree[threadIdx.x / kRows][threadIdx.x % kRows] = i < end ? T(degrees[b * args.n + i]) : T(0);
-      }
+      if (threadIdx.x < 2 * kRows) load_degrees(degree, args, piece, i0);
       __syncthreads();
-      if (threadIdx.x < W) {
-        T part_j = 0, part_i = 0;
-        for (int i = 0; i < kRows; ++i) {
-          part_j += degree[1][i] * left[i][threadIdx.x];
-          part_i += degree[0][i] * left[i][threadIdx.x];
-        }
-        first_j += part_j;
-        first_i += part_i;
-      }
+      if (threadIdx.x < W) first.add(left, degree);
 #pragma unroll 4
       for (int i = 0; i < kRows; ++i) {
         T x[M], p[M], y[M];
@@ -344,21 +307,104 @@ __global__ void __launch_bounds__(kSide* kSide) conv_moments(EdgeConvMomentsArgs
           }
       }
     }
-    T* gram = args.gram + part * 3 * C * C;
+    T* gram = args.gram + piece.part * 3 * C * C;
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
       for (int l = 0; l < M; ++l) {
-        const int64_t a = c_left + row * M + m, c = c_right + column * M + l;
+        const int64_t a = piece.left + row * M + m, c = piece.right + column * M + l;
         if (a >= C || c >= C) continue;
         gram[a * C + c] = jj[m][l];
         gram[(C + a) * C + c] = ji[m][l];
         gram[(2 * C + a) * C + c] = ii[m][l];
       }
-    if (c_right == 0 && threadIdx.x < W && c_left + threadIdx.x < C) {
-      args.first[part * 2 * C + c_left + threadIdx.x] = first_j;
-      args.first[(part * 2 + 1) * C + c_left + threadIdx.x] = first_i;
+    if (piece.right == 0 && threadIdx.x < W) first.store(args, piece);
+  }
+}
+
+// The same on tensor cores, in three products of tf32: a block for a square of 64 channels, a warp for 16 by 32 of each
+// matrix. They cut sums off where others round, so sums over kNodes nodes are added up outside of them.
+constexpr int kSquare = 64, kNodes = 16, kPitch = kSquare + 8;  // the loads of a fragment meet no bank twice
+constexpr int kMomentsThreads = 256, kEighths = 4;              // of eight columns each
+
+__global__ void __launch_bounds__(kMomentsThreads, 2) conv_moments_tiles(EdgeConvMomentsArgs<float> args, bool fours) {
+  CROSSPOINT_SHARED(left, float[kNodes][kPitch]);
+  CROSSPOINT_SHARED(sums, float[kNodes][kPitch]);
+  CROSSPOINT_SHARED(right, uint32_t[2][kNodes][kPitch]);  // in tf32, and what is left
+  CROSSPOINT_SHARED(degree, float[2][kNodes]);
+  static_assert(kNodes * kSquare == kMomentsThreads * kFour, "a thread copies four channels of a node");
+  const int node = threadIdx.x / (kSquare / kFour), channel = threadIdx.x % (kSquare / kFour) * kFour;
+  const int64_t C = args.channels, tiles = (C + kSquare - 1) / kSquare;
+  const int g = lane_id() / 4, t = lane_id() % 4, row = threadIdx.x / kWarp % 4 * 16 + g, column = threadIdx.x / kWarp / 4 * 32;
+  for (int64_t p = blockIdx.x; p < args.batch * args.parts * tiles * tiles; p += gridDim.x) {
+    const MomentsPiece piece(args, p, kSquare);
+    Four<float> next[3];  // of x, sums and x
+    const auto fetch = [&](int64_t i0) {
+      const int64_t i = i0 + node, at = (piece.b * args.n + i) * C + channel;
+      const int l = i < piece.end ? part_of_four(C - piece.left - channel) : 0;
+      const int r = i < piece.end ? part_of_four(C - piece.right - channel) : 0;
+      next[0] = load_four<float>(args.x + at + piece.left, l, fours);
+      next[1] = load_four<float>(args.sums + at + piece.left, l, fours);
+      next[2] = load_four<float>(args.x + at + piece.right, r, fours);
+    };
+    float total[3][kEighths][4] = {};
+    FirstSums first;
+    fetch(piece.begin);
+    for (int64_t i0 = piece.begin; i0 < piece.end; i0 += kNodes) {
+      __syncthreads();
+      *reinterpret_cast<Four<float>*>(&left[node][channel]) = next[0];
+      *reinterpret_cast<Four<float>*>(&sums[node][channel]) = next[1];
+      Four<uint32_t> high, low;
+#pragma unroll
+      for (int v = 0; v < kFour; ++v) split_tf32(next[2].v[v], high.v[v], low.v[v]);
+      *reinterpret_cast<Four<uint32_t>*>(&right[0][node][channel]) = high;
+      *reinterpret_cast<Four<uint32_t>*>(&right[1][node][channel]) = low;
+      if (threadIdx.x < 2 * kNodes) load_degrees(degree, args, piece, i0);
+      __syncthreads();
+      if (i0 + kNodes < piece.end) fetch(i0 + kNodes);
+      if (threadIdx.x < kSquare) first.add(left, degree);
+#pragma unroll
+      for (int which = 0; which < 3; ++which) {
+        float part[kEighths][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < kNodes; k += 8) {
+          uint32_t high[4], low[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int from = k + t + i / 2 * 4, c = row + i % 2 * 8;
+            split_tf32(which == 1 ? sums[from][c] : degree[which == 0][from] * left[from][c], high[i], low[i]);
+          }
+#pragma unroll
+          for (int half = 1; half >= 0; --half) {
+            uint32_t b[kEighths][2];
+#pragma unroll
+            for (int e = 0; e < kEighths; ++e)
+#pragma unroll
+              for (int i = 0; i < 2; ++i) b[e][i] = right[half][k + t + i * 4][column + e * 8 + g];
+            if (half == 0) {
+#pragma unroll
+              for (int e = 0; e < kEighths; ++e) mma_tf32(part[e], low, b[e]);
+            }
+#pragma unroll
+            for (int e = 0; e < kEighths; ++e) mma_tf32(part[e], high, b[e]);
+          }
+        }
+#pragma unroll
+        for (int e = 0; e < kEighths; ++e)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) total[which][e][i] += part[e][i];
+      }
     }
+#pragma unroll
+    for (int which = 0; which < 3; ++which)
+#pragma unroll
+      for (int e = 0; e < kEighths; ++e)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t a = piece.left + row + i / 2 * 8, c = piece.right + column + e * 8 + t * 2 + i % 2;
+          if (a < C && c < C) args.gram[((piece.part * 3 + which) * C + a) * C + c] = total[which][e][i];
+        }
+    if (piece.right == 0 && threadIdx.x < kSquare) first.store(args, piece);
   }
 }
 
@@ -379,20 +425,14 @@ cudaError_t launch_subtract(const EdgeConvCentreArgs<T>& args, T* out, cudaStrea
 
 template <class T>
 cudaError_t launch_sum(const EdgeConvSumArgs<T>& args, cudaStream_t stream) {
-  const Slices s = slices_of<T>(args.graph, args.channels);
-  const bool fours = by_fours(args.channels);
-  const dim3 grid = grid_for(s.pieces()), block(kGatherThreads);
-  if (!s.shared) return launch(conv_neighbor_sum<T, false>, grid, block, 0, stream, args, s, fours);
-  return launch(conv_neighbor_sum<T, true>, grid, block, shared_bytes<T>(s.n * s.width), stream, args, s, fours);
+  const Slices s = slices_of<T>(args.graph.batch, args.graph.n, args.channels);
+  return launch_slices<T>(conv_neighbor_sum<T, true>, conv_neighbor_sum<T, false>, args, s, stream);
 }
 
 template <class T>
 cudaError_t launch_max(const EdgeConvMaxArgs<T>& args, cudaStream_t stream) {
-  const Slices s = slices_of<T>(args.graph, args.channels);
-  const bool fours = by_fours(args.channels);
-  const dim3 grid = grid_for(s.pieces()), block(kGatherThreads);
-  if (!s.shared) return launch(conv_max<T, false>, grid, block, 0, stream, args, s, fours);
-  return launch(conv_max<T, true>, grid, block, shared_bytes<T>(s.n * s.width), stream, args, s, fours);
+  const Slices s = slices_of<T>(args.graph.batch, args.graph.n, args.channels);
+  return launch_slices<T>(conv_max<T, true>, conv_max<T, false>, args, s, stream);
 }
 
 template <class T, int M>
@@ -424,7 +464,9 @@ cudaError_t edge_conv_max(const EdgeConvMaxArgs<double>& a, cudaStream_t s) { re
 
 cudaError_t edge_conv_moments(const EdgeConvMomentsArgs<float>& args, cudaStream_t stream) {
   if (args.channels <= kSide) return launch_moments<float, 1>(args, stream);
-  return args.channels <= 2 * kSide ? launch_moments<float, 2>(args, stream) : launch_moments<float, 4>(args, stream);
+  const int64_t tiles = (args.channels + kSquare - 1) / kSquare;
+  return launch(conv_moments_tiles, grid_for(args.batch * args.parts * tiles * tiles), dim3(kMomentsThreads), 0, stream, args,
+                by_fours(args.channels));
 }
 cudaError_t edge_conv_moments(const EdgeConvMomentsArgs<double>& args, cudaStream_t stream) {
   return args.channels <= kSide ? launch_moments<double, 1>(args, stream) : launch_moments<double, 2>(args, stream);

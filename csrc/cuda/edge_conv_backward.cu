@@ -1,5 +1,6 @@
 // EdgeConv's backward pass: gradients of the winners, and sums over the edges that lead to each node.
 #include "crosspoint/cuda/edge_conv.h"
+#include "cuda/edge_slices.h"
 #include "cuda/rows.h"
 #include "cuda/warp.h"
 
@@ -71,7 +72,7 @@ Layout layout_of(int64_t nodes, int64_t channels) {
 struct Division {
   uint32_t by, inverse;  // floor(2^32 / by), or the most there is
 
-  explicit Division(int64_t k)
+  __host__ __device__ explicit Division(int64_t k)
       : by(static_cast<uint32_t>(k)), inverse(k > 1 ? uint32_t((uint64_t(1) << 32) / uint64_t(k)) : UINT32_MAX) {}
 
   __device__ __forceinline__ void divide(uint32_t e, uint32_t& quotient, uint32_t& rest) const {
@@ -105,8 +106,7 @@ struct Place {
     node = thread / layout.per_node % layout.nodes;
     b = node / n, j = node % n;
     c = (slice * layout.per_node + thread % layout.per_node) * kFour;
-    const int64_t left = layout.channels - c;
-    count = left < 0 ? 0 : left < kFour ? static_cast<int>(left) : kFour;
+    count = part_of_four(layout.channels - c);
   }
 };
 
@@ -133,39 +133,44 @@ __global__ void __launch_bounds__(kThreads) conv_route(EdgeConvRouteArgs<T> args
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) conv_dense_gradient(EdgeConvDenseArgs<T> args, Layout layout,
-                                                                   Division division, bool fours) {
+// By slices: see edge_slices.h.
+template <class T, bool shared>
+__global__ void __launch_bounds__(kSliceThreads, kSliceBlocks<T>)
+    conv_dense_gradient(EdgeConvDenseArgs<T> args, Slices slices, bool fours) {
+  SharedArena arena;
+  T* space = arena.take<T>(shared ? slices.n * slices.width : 0);
   const ReverseEdges& graph = args.graph;
+  const Division division(graph.k);
   const int64_t C = args.channels;
-  for (int64_t t = blockIdx.x * int64_t(kThreads) + threadIdx.x; t < layout.threads();
-       t += gridDim.x * int64_t(kThreads)) {
-    const Place at(layout, graph.n, t);
-    if (at.count == 0) continue;
-    Four<T> back{};
-    for_edges_to(graph, division, at.b, at.j, [&](int64_t i, int) {
-      const Four<T> x = load_four<T>(args.x + (at.b * graph.n + i) * C + at.c, at.count, fours);
+  for (int64_t p = blockIdx.x; p < slices.pieces(); p += gridDim.x) {
+    const Piece<T, shared> piece(slices, p, args.x, C, fours, space);
+    const int64_t c = piece.c;
+    for (int64_t j = piece.first + piece.node; j < piece.last; j += piece.at_once) {
+      Four<T> back{};
+      for_edges_to(graph, division, piece.b, j, [&](int64_t i, int) {
+        const Four<T> x = piece.row(i);
 #pragma unroll
-      for (int v = 0; v < kFour; ++v) back.v[v] += x.v[v];
-    });
-    const T out = T(args.degrees[at.node]), in = T(args.degrees[layout.nodes + at.node]);
-    const Four<T> x = load_four<T>(args.x + at.node * C + at.c, at.count, fours);
-    const Four<T> sums = load_four<T>(args.sums + at.node * C + at.c, at.count, fours);
-    const Four<T> other = load_four<T>(args.constant + at.b * 2 * C + at.c, at.count, fours);
-    const Four<T> own = load_four<T>(args.constant + (at.b * 2 + 1) * C + at.c, at.count, fours);
-    Four<T> grad = load_four<T>(args.grad_x + at.node * C + at.c, at.count, fours), in_x, out_x;
+        for (int v = 0; v < kFour; ++v) back.v[v] += x.v[v];
+      });
+      const int64_t node = piece.b * graph.n + j, at = node * C + c;
+      const T out = T(args.degrees[node]), in = T(args.degrees[graph.batch * graph.n + node]);
+      const Four<T> x = piece.row(j), sums = load_four<T>(args.sums + at, piece.count, fours);
+      const Four<T> other = load_four<T>(args.constant + piece.b * 2 * C + c, piece.count, fours);
+      const Four<T> own = load_four<T>(args.constant + (piece.b * 2 + 1) * C + c, piece.count, fours);
+      Four<T> grad = load_four<T>(args.grad_x + at, piece.count, fours), in_x, out_x;
 #pragma unroll
-    for (int v = 0; v < kFour; ++v) {
-      in_x.v[v] = in * x.v[v];
-      out_x.v[v] = out * x.v[v];
-      grad.v[v] = grad.v[v] - in * other.v[v] - out * own.v[v];
+      for (int v = 0; v < kFour; ++v) {
+        in_x.v[v] = in * x.v[v];
+        out_x.v[v] = out * x.v[v];
+        grad.v[v] = grad.v[v] - in * other.v[v] - out * own.v[v];
+      }
+      T* dense = args.dense + node * 4 * C + c;
+      store_four<T>(dense, in_x, piece.count, fours);
+      store_four<T>(dense + C, back, piece.count, fours);
+      store_four<T>(dense + 2 * C, sums, piece.count, fours);
+      store_four<T>(dense + 3 * C, out_x, piece.count, fours);
+      store_four<T>(args.grad_x + at, grad, piece.count, fours);
     }
-    T* dense = args.dense + at.node * 4 * C + at.c;
-    store_four<T>(dense, in_x, at.count, fours);
-    store_four<T>(dense + C, back, at.count, fours);
-    store_four<T>(dense + 2 * C, sums, at.count, fours);
-    store_four<T>(dense + 3 * C, out_x, at.count, fours);
-    store_four<T>(args.grad_x + at.node * C + at.c, grad, at.count, fours);
   }
 }
 
@@ -191,10 +196,8 @@ cudaError_t launch_route(const EdgeConvRouteArgs<T>& args, cudaStream_t stream) 
 
 template <class T>
 cudaError_t launch_dense(const EdgeConvDenseArgs<T>& args, cudaStream_t stream) {
-  const ReverseEdges& graph = args.graph;
-  const Layout layout = layout_of(graph.batch * graph.n, args.channels);
-  return launch(conv_dense_gradient<T>, grid_for((layout.threads() + kThreads - 1) / kThreads), dim3(kThreads), 0,
-                stream, args, layout, Division(graph.k), by_fours(args.channels));
+  const Slices s = slices_of<T>(args.graph.batch, args.graph.n, args.channels);
+  return launch_slices<T>(conv_dense_gradient<T, true>, conv_dense_gradient<T, false>, args, s, stream);
 }
 
 }  // namespace

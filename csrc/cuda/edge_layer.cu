@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kFlatThreads) layer_sum_parts(EdgeSumPartsArgs
   for_each_index((3 * C + 2 * args.batch) * C, [&](int64_t i) {
     double sum = 0;
     if (i < 3 * square) {
+#pragma unroll 8
       for (int64_t r = 0; r < rows; ++r) sum += static_cast<double>(args.gram[r * 3 * square + i]);
       const int which = i < square ? 0 : i < 2 * square ? 1 : 2;
       const int64_t a = short_quotient(i - which * square, C), c = i - which * square - a * C;
@@ -139,6 +140,7 @@ __global__ void __launch_bounds__(kThreads, 4) layer_norm(EdgeNormArgs<T> args) 
       double within = 0, between = 0;
       for (int64_t p = threadIdx.x; p < 2 * C; p += kThreads) {
         double product = 0;
+#pragma unroll 8
         for (int64_t q = 0; q < 2 * C; ++q) product += row.split(q) * args.moments[q * 2 * C + p];
         within += row.split(p) * product;
       }
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kFlatThreads) layer_input_terms(EdgeInputTerms
       sum += factor * scale_of(layer.gamma, layer.signs, args.rstd, o) * row.split(p);
     }
     if (squared)
-      args.square[(p < C ? r : W + r) * C + (p < C ? p : p - C)] = static_cast<T>(sum);
+      args.square[(p < C ? r : W + r) * C + (p < C ? p : p - C)] = static_cast<T>(-sum);
     else
       args.constant[i] = static_cast<T>(sum);
   });

@@ -36,10 +36,6 @@ __device__ __forceinline__ T leaky_less_pivot(T z, T shift, T slope) {
   return z + shift > T(0) ? z + above : z * slope + below;
 }
 
-__device__ __forceinline__ int part_of_four(int64_t left) {
-  return left < 0 ? 0 : left < kFour ? static_cast<int>(left) : kFour;
-}
-
 // Channels [c0, c0 + 64) of a on each row's edge, or of U + V; zeros where there is none. The whole block calls.
 template <class T, bool raw>
 __device__ __forceinline__ void fill_edges(T* tile, int pitch, const EdgeTiles<T>& args, int64_t b,
@@ -126,6 +122,15 @@ struct Accumulators {
   static __device__ __forceinline__ int column(int e, int i) { return e * 8 + lane_id() % 4 * 2 + i % 2; }
 };
 
+// x as tensor cores take it: in tf32, or in two of them.
+template <TileProduct product>
+__device__ __forceinline__ void cut(float x, uint32_t& high, uint32_t& low) {
+  if constexpr (product == TileProduct::tf32x3)
+    split_tf32(x, high, low);
+  else
+    high = to_tf32(x);
+}
+
 // sum += left right over `depth` (a multiple of 16; the tiles hold zeros beyond what there is). `turned`: left is
 // (depth, rows), of pitch kRightPitch. `product`: a TileProduct.
 template <class T, int product, bool turned>
@@ -167,18 +172,14 @@ __device__ __forceinline__ void multiply_tile(Accumulators<T>& sum, const T* lef
       uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float x = at(g + i % 2 * 8, p + t + i / 2 * 4);
-        high[i] = to_tf32(x);
-        if constexpr (kind == TileProduct::tf32x3) low[i] = to_tf32(x - __uint_as_float(high[i]));
+        cut<kind>(at(g + i % 2 * 8, p + t + i / 2 * 4), high[i], low[i]);
       }
 #pragma unroll
       for (int e = 0; e < kEighths<T>; ++e) {
         uint32_t b[2], rest[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const float x = right[(p + t + i * 4) * kRightPitch + e * 8 + g];
-          b[i] = to_tf32(x);
-          if constexpr (kind == TileProduct::tf32x3) rest[i] = to_tf32(x - __uint_as_float(b[i]));
+          cut<kind>(right[(p + t + i * 4) * kRightPitch + e * 8 + g], b[i], rest[i]);
         }
         if constexpr (kind == TileProduct::tf32x3) {
           mma_tf32(sum.v[e], low, b);

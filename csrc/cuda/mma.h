@@ -118,3 +118,13 @@ __device__ __forceinline__ void cp_async_wait() {
 }  // namespace crosspoint::cuda
 
 #endif
+
+namespace crosspoint::cuda {
+
+// x = high + low, to 2^-22 of it: what a product of low parts would add is below that.
+__device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {
+  high = to_tf32(x);
+  low = to_tf32(x - __uint_as_float(high));
+}
+
+}  // namespace crosspoint::cuda

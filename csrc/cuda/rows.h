@@ -26,6 +26,11 @@ struct FourOf<uint8_t> {
 // Whether rows of `stride` elements from an aligned address can be read four at a time.
 inline bool by_fours(int64_t stride) { return stride % kFour == 0; }
 
+// Of four channels, those that exist where `left` do from the first of them on.
+__device__ __forceinline__ int part_of_four(int64_t left) {
+  return left < 0 ? 0 : left < kFour ? static_cast<int>(left) : kFour;
+}
+
 // Elements [0, count) of four from p, `fill` beyond; all of them in one access where rows are `whole`.
 template <class T>
 __device__ __forceinline__ typename FourOf<T>::type load_four(const T* p, int count, bool whole, T fill = T(0)) {

@@ -57,8 +57,7 @@ TUNED = {
             for x in ("true", "false")
         },
         "conv_moments<float, 1>": (256, 4),
-        "conv_moments<float, 2>": (256, 4),
-        "conv_moments<float, 4>": (256, 2),
+        "conv_moments_tiles": (256, 2),
         "conv_moments<double, 1>": (256, 4),
         "conv_moments<double, 2>": (256, 3),
     },
@@ -78,8 +77,11 @@ TUNED = {
     },
     "edge_conv_backward.cu": {
         **{f"conv_winner_gradient<{T}>": (256, 4) for T in ("float", "double")},
-        "conv_dense_gradient<float>": (256, 5),
-        "conv_dense_gradient<double>": (256, 3),
+        **{
+            f"conv_dense_gradient<{T}, {x}>": (512, blocks)
+            for T, blocks in (("float", 2), ("double", 1))
+            for x in ("true", "false")
+        },
         **{f"conv_route<{T}, {S}>": (256, 5) for T in ("float", "double") for S in ("int", "unsigned char")},
     },
     "edge_conv2.cu": {

@@ -37,7 +37,10 @@ def variants() -> list[Variant]:
         for tile in table:
             tiled = {**tile.constants(), **constants}
             options = {"num_warps": tile.warps}
-            found.append(Variant(f"{name}-{tile.channels}", kernel, {**TYPES, **types}, tiled, options))
+            cores = tile.product == "tf32x3"
+            found.append(
+                Variant(f"{name}-{tile.channels}", kernel, {**TYPES, **types}, tiled, options, tensor_cores=cores)
+            )
         tile = table_double[-1]
         tiled = {**tile.constants(), **constants}
         options = {"num_warps": tile.warps}

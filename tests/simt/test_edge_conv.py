@@ -141,10 +141,11 @@ def test_large(device, name):
         check(device, LARGE[name])
 
 
-@pytest.mark.parametrize("channels", [1, 6, 17, 40])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_moments_of_any_width(device, channels, dtype):
-    """Each of the squares that a block takes, and rows and columns that do not fill one."""
+@pytest.mark.parametrize("channels", [1, 17, 70])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 5e-7), (np.float64, 1e-15)])
+def test_moments_of_any_width(device, channels, dtype, tolerance):
+    """Each of the squares that a block takes, and rows and columns that do not fill one. On tensor cores sums keep
+    float32's digits: relative to what is added, in absolute values."""
     generator = np.random.default_rng(channels)
     x, sums = (torch.from_numpy(generator.standard_normal((2, 37, channels)).astype(dtype)) for _ in range(2))
     degrees = torch.from_numpy(generator.integers(0, 5, (2, 2, 37)).astype(np.int32))
@@ -156,6 +157,7 @@ def test_moments_of_any_width(device, channels, dtype):
     ConvLeaves(device).moments(x, sums, degrees, gram, first)
     x, sums, (out, into) = x.double(), sums.double(), degrees.double()[..., None]
     for found, left in zip(gram.double().sum(1).unbind(1), (into * x, sums, out * x), strict=True):
-        torch.testing.assert_close(found, left.transpose(1, 2) @ x, rtol=1e-5, atol=1e-4)
+        error = (found - left.transpose(1, 2) @ x).abs()
+        assert (error <= tolerance * (left.abs().transpose(1, 2) @ x.abs())).all()
     for found, degree in zip(first.sum(1).unbind(1), (into, out), strict=True):
-        torch.testing.assert_close(found, (degree * x).sum(1), rtol=1e-5, atol=1e-4)
+        assert ((found - (degree * x).sum(1)).abs() <= tolerance * (degree * x.abs()).sum(1)).all()

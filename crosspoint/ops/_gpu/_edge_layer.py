@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from crosspoint.ops._gpu._products import product
+from crosspoint.ops._gpu._products import add_product, product
 
 __all__ = [
     "Graph",
@@ -218,9 +218,9 @@ def input_gradients(
             leaves.dense_gradient(
                 centred, sums, graph.degrees, graph.start, graph.edges, k, constant, dense, grad_x
             )
-            square = weight.t() @ (norm.slope_term[:, None] * scaled)  # (2 C_in, 2 C_in)
+            square = -(weight.t() @ (norm.slope_term[:, None] * scaled))  # (2 C_in, 2 C_in)
             square = torch.cat([square[:, :c_in], square[:, c_in:]]).to(x.dtype)
-            grad_x = grad_x - product(dense.view(-1, 4 * c_in), square, c_in)
+            add_product(grad_x, dense.view(-1, 4 * c_in), square, c_in)
         grad_x = grad_x.view(batch, n, c_in)
     if need_weight:
         sparse = product(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from crosspoint.kernels._precision import PRODUCTS, product_of
 
-__all__ = ["EXACT_CHANNELS", "product", "product_of_tiles"]
+__all__ = ["EXACT_CHANNELS", "add_product", "product", "product_of_tiles"]
 
 EXACT_CHANNELS = 8  # up to here x holds coordinates: a product in less than float32 would move points
 
@@ -30,6 +30,14 @@ def product(left: Tensor, right: Tensor, channels: int, *, rounded: bool = False
             return torch.mm(left, right, out_dtype=torch.float32)
         return left.float() @ right.float()
     return left @ right
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, channels: int) -> None:
+    """total += `product(left, right, channels)`, in place."""
+    if total.dtype == torch.float32 and channels <= EXACT_CHANNELS:
+        total.copy_(total.double().addmm_(left.double(), right.double()))
+    else:
+        total.addmm_(left, right)
 
 
 def product_of_tiles(dtype: torch.dtype, rounded: bool) -> int:

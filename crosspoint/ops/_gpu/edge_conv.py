@@ -13,7 +13,7 @@ from torch import Tensor
 
 from crosspoint.ops._checks import check_graph, compute_dtype
 from crosspoint.ops._gpu._edge_layer import Graph, edge_moments, edges_of, parameters, running_statistics
-from crosspoint.ops._gpu._products import product
+from crosspoint.ops._gpu._products import add_product, product
 
 __all__ = ["backward", "forward"]
 
@@ -177,7 +177,7 @@ def backward(
                 leaves.dense_gradient(
                     *(centred, out_sum, degrees, graph.start, graph.edges, k, constant, dense, grad_x)
                 )
-                grad_x = grad_x - product(dense.view(-1, 4 * c_in), square, c_in)
+                add_product(grad_x, dense.view(-1, 4 * c_in), square, c_in)
             grad_x = grad_x.view(batch, n, c_in)
         if need_weight:
             sparse = product(routed.t(), centred.view(-1, c_in), c_in)  # (2 C_out, C_in)

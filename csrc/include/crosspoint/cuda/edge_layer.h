@@ -94,7 +94,7 @@ struct EdgeInputTermsArgs {
   const double* slope_term;
   T* halves;    // (2 out, in): scale [A | D], its halves above one another
   T* constant;  // (batch, 2 in): what each edge takes from x_j and x_i
-  T* square;    // (4 in, in): [A | D]^T (slope_term scale) [A | D], its halves above one another
+  T* square;    // (4 in, in): -[A | D]^T (slope_term scale) [A | D], its halves above one another
 };
 cudaError_t edge_input_terms(const EdgeInputTermsArgs<float>&, cudaStream_t);
 cudaError_t edge_input_terms(const EdgeInputTermsArgs<double>&, cudaStream_t);
