@@ -17,38 +17,51 @@ from crosspoint.kernels._common import INTERPRETED, device_of, rows_of_program
 from crosspoint.kernels._precision import PRODUCTS
 from crosspoint.kernels._products import add_product, rounded
 from crosspoint.kernels.edge_conv import (
+    affine,
     centre,
     degrees,
     dense_gradient,
+    input_terms,
     moments,
     neighbor_sum,
+    norm,
+    norm_gradient,
     reverse_graph,
     subtract,
     sum_parts,
+    weight_gradient,
     winner_gradient,
 )
+from crosspoint.kernels.edge_layer import pivot, sums_norm
 
 __all__ = [
     "activate",
     "activate_kernel",
     "add_runs",
+    "affine",
     "centre",
     "degrees",
     "dense_gradient",
     "edge_max",
     "edge_products",
+    "input_terms",
     "max_kernel",
     "moments",
     "neighbor_sum",
     "neighbour_gradient",
     "neighbour_kernel",
+    "norm",
+    "norm_gradient",
     "own_gradient",
     "own_kernel",
+    "pivot",
     "products_kernel",
     "reverse_graph",
     "runs_kernel",
     "subtract",
     "sum_parts",
+    "sums_norm",
+    "weight_gradient",
     "winner_gradient",
 ]
 
@@ -131,8 +144,8 @@ def max_kernel(
     SLOPE: tl.constexpr, STATISTICS: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """h2 = weight a of every edge, a slot of ROWS nodes at a time: its largest, the first of equal ones, a NaN before
-    all, and its sums. Where gamma is 0 every edge ties: h2 counts as 0."""
+    """h2 = weight a of every edge, signed by gamma, a slot of ROWS nodes at a time: its largest, the first of equal
+    ones, a NaN before all, and its sums. Where gamma is 0 every edge ties: h2 counts as 0."""
     i_cloud, o_own, m_node = rows_of_program(N, ROWS)
     p_nodes += i_cloud * N * (2 * C_mid)
     p_idx += i_cloud * N * k
@@ -140,10 +153,12 @@ def max_kernel(
     o_channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     m_channel = o_channel < C
     T: tl.constexpr = p_nodes.dtype.element_ty
-    b_factor = tl.full([WIDTH], 1.0, T)
+    b_factor = tl.full([1, WIDTH], 1.0, T)
+    b_sign = tl.full([1, WIDTH], 1.0, T)
     if p_gamma is not None:
-        b_factor = tl.where(tl.load(p_gamma + o_channel, mask=m_channel, other=1.0) == 0, 0.0, b_factor)
-    b_factor = b_factor[None, :]
+        b_gamma = tl.load(p_gamma + o_channel, mask=m_channel, other=1.0)[None, :]
+        b_factor = tl.where(b_gamma == 0, 0.0, b_factor)
+        b_sign = tl.where(b_gamma < 0, -1.0, b_sign)
     b_most = tl.zeros([ROWS, WIDTH], T)
     b_slot = tl.full([ROWS, WIDTH], -1, tl.int32)
     b_sum = tl.zeros([ROWS, WIDTH], T)
@@ -156,7 +171,7 @@ def max_kernel(
             _, _, b_a = activation(p_nodes, p_gain, p_shift, o_own, b_target, m_edge, o_middle, C_mid, SLOPE)
             m_weight = (o_middle < C_mid)[:, None] & m_channel[None, :]
             o_weight = o_channel[None, :] * C_mid + o_middle[:, None]
-            b_weight = rounded(tl.load(p_weight + o_weight, mask=m_weight, other=0.0), PRODUCT)
+            b_weight = rounded(tl.load(p_weight + o_weight, mask=m_weight, other=0.0) * b_sign, PRODUCT)
             b_h = add_tiles(rounded(b_a, PRODUCT), b_weight, b_h, PRODUCT)
         if STATISTICS:
             b_sum += b_h  # of no edge it is 0
@@ -182,10 +197,11 @@ def edge_max(
     nodes: Tensor, idx: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, gamma: Tensor | None,
     negative_slope: float, product: int, winner: Tensor, slot: Tensor | None, sums: Tensor,
 ) -> None:  # fmt: skip
-    """winner (B, N, C_out), the largest weight a over the edges of each node, 0 without edges, and its slot.
+    """winner (B, N, C_out), the largest h = weight a, signed by gamma, over the edges of each node, 0 without edges,
+    and its slot.
 
-    weight (C_out, C_mid). sums (2, B, ceil(N / 64), C_out) float64, or empty: of weight a, and of its squares, over
-    the edges of 64 nodes.
+    weight (C_out, C_mid). sums (2, B, ceil(N / 64), C_out) float64, or empty: of h, and of its squares, over the edges
+    of 64 nodes.
     """
     (batch, n, k), (c_out, c_mid) = idx.shape, weight.shape
     if n * max(k, 2 * c_mid, c_out) >= 1 << 31:  # places within a cloud are of 32 bits

@@ -1,8 +1,9 @@
 """The algebra of a linear layer with batch norm on edges: what lies between its sums over nodes and its products.
 
 Matrices of a few channels, in float64: a program for each output channel, or for a few numbers. [A | D] are the
-halves of the weight for centred x, D = B - A; its rows take the sign of gamma where `signs`. Every function fills
-tensors that the caller allocated. docs/derivations/edge_conv.md has the formulas.
+halves of the weight [A | B] for centred x, D = B - A; or it is A alone, of a layer whose edges carry a of their own
+(WIDTH columns, not 2 C). Rows take the sign of gamma where `signs`. Every function fills tensors that the caller
+allocated. docs/derivations/edge_conv.md has the formulas.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ __all__ = [
     "norm_gradient",
     "norm_gradient_kernel",
     "norm_kernel",
+    "pivot",
+    "pivot_kernel",
     "sum_parts",
     "sum_parts_kernel",
+    "sums_norm",
     "weight_gradient",
     "weight_gradient_kernel",
 ]
@@ -37,9 +41,9 @@ TERMS = {"ROWS": 8, "COLUMNS": 32, "CHANNELS": 8}
 
 
 @triton.jit
-def _split(p_row, o_channel, C, f_sign):
-    """Of [A | D], from a row of [A | B]."""
-    m_channel = o_channel < 2 * C
+def _split(p_row, o_channel, C, W, f_sign):
+    """Of [A | D], from a row of [A | B]; or of A."""
+    m_channel = o_channel < W
     b_weight = tl.load(p_row + o_channel, mask=m_channel, other=0.0).to(tl.float64)
     b_other = tl.load(p_row + o_channel - C, mask=m_channel & (o_channel >= C), other=0.0).to(tl.float64)
     return f_sign * (b_weight - b_other)
@@ -116,9 +120,10 @@ def _lerp(f_before, f_value, MOMENTUM: tl.constexpr):
     return f_before + MOMENTUM * f_step if MOMENTUM < 0.5 else f_value - f_step * (1 - MOMENTUM)
 
 
-@triton.jit(do_not_specialize=["clouds"])
+@triton.jit(do_not_specialize=["clouds", "parts"])
 def norm_kernel(
     p_moments,
+    p_partial,
     p_weight,
     p_gamma,
     p_beta,
@@ -132,7 +137,9 @@ def norm_kernel(
     p_scale,
     p_shift,
     clouds,
+    parts,
     C,
+    W,
     O,
     EPS: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -141,18 +148,20 @@ def norm_kernel(
     COLUMNS: tl.constexpr,
     CLOUDS: tl.constexpr,
 ):
-    """One output channel's: see `norm`."""
+    """One output channel's, from moments or from partial sums: see `norm` and `sums_norm`."""
     i_channel = tl.program_id(0).to(tl.int64)
-    p_row = p_weight + i_channel * 2 * C
+    p_row = p_weight + i_channel * W
     f_sign = _sign(p_gamma, i_channel, SIGNS)
-    T: tl.constexpr = p_halves.dtype.element_ty
-    for i_column in range(0, C, COLUMNS):
-        o_column = i_column + tl.arange(0, COLUMNS)
-        m_column = o_column < C
-        b_end = _split(p_row, o_column, C, f_sign)
-        b_begin = _split(p_row, C + o_column, C, f_sign)
-        tl.store(p_halves + i_channel * C + o_column, b_end.to(T), mask=m_column)
-        tl.store(p_halves + (O + i_channel) * C + o_column, b_begin.to(T), mask=m_column)
+    T: tl.constexpr = p_scale.dtype.element_ty
+    TRAINING: tl.constexpr = p_moments is not None or p_partial is not None
+    if p_halves is not None:
+        for i_column in range(0, C, COLUMNS):
+            o_column = i_column + tl.arange(0, COLUMNS)
+            m_column = o_column < C
+            b_end = _split(p_row, o_column, C, W, f_sign)
+            b_begin = _split(p_row, C + o_column, C, W, f_sign)
+            tl.store(p_halves + i_channel * C + o_column, b_end.to(T), mask=m_column)
+            tl.store(p_halves + (O + i_channel) * C + o_column, b_begin.to(T), mask=m_column)
     # h of each cloud's centre; over the batch, the sum of h, and the square of each cloud's mean of h - that.
     f_count = tl.zeros([], tl.float64)
     f_sum = tl.zeros([], tl.float64)
@@ -160,32 +169,66 @@ def norm_kernel(
     for i_cloud in range(0, clouds, CLOUDS):
         o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
         m_cloud = o_cloud < clouds
-        b_constant = _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
+        b_constant = _constant(p_centre, p_row + W - C, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
         tl.store(p_offset + o_cloud * O + i_channel, b_constant, mask=m_cloud)
-        if p_moments is not None:
-            b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
+        if TRAINING:
+            b_own = _sums_of(
+                p_moments,
+                p_partial,
+                p_row,
+                o_cloud,
+                m_cloud,
+                i_channel,
+                parts,
+                C,
+                W,
+                O,
+                f_sign,
+                COLUMNS,
+                CLOUDS,
+            )
             b_edges = tl.load(p_edges + o_cloud, mask=m_cloud, other=0.0)
             f_count += tl.sum(b_edges, 0)
-            f_sum += tl.sum(b_first + b_edges * b_constant, 0)
-            f_square += tl.sum(b_first * b_first / tl.maximum(b_edges, 1.0), 0)
+            f_sum += tl.sum(b_own + b_edges * b_constant, 0)
+            f_square += tl.sum(b_own * b_own / tl.maximum(b_edges, 1.0), 0)
     f_mean = tl.zeros([], tl.float64)
     f_rstd = tl.full([], 1.0, tl.float64)
-    if p_moments is not None:
+    if TRAINING:
         f_mean = f_sum / tl.maximum(f_count, 1.0)
         f_between = tl.zeros([], tl.float64)
         for i_cloud in range(0, clouds, CLOUDS):
             o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
             m_cloud = o_cloud < clouds
-            b_constant = _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
-            b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
+            b_constant = _constant(p_centre, p_row + W - C, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
+            b_own = _sums_of(
+                p_moments,
+                p_partial,
+                p_row,
+                o_cloud,
+                m_cloud,
+                i_channel,
+                parts,
+                C,
+                W,
+                O,
+                f_sign,
+                COLUMNS,
+                CLOUDS,
+            )
             b_edges = tl.load(p_edges + o_cloud, mask=m_cloud, other=0.0)
-            b_off = b_first / tl.maximum(b_edges, 1.0) + b_constant - f_mean
+            b_off = b_own / tl.maximum(b_edges, 1.0) + b_constant - f_mean
             f_between += tl.sum(b_edges * b_off * b_off, 0)
         f_within = tl.zeros([], tl.float64)
-        for i_column in range(0, 2 * C, COLUMNS):
-            o_column = i_column + tl.arange(0, COLUMNS)
-            b_product = _times_gram(p_moments, p_row, o_column, C, f_sign, ROWS, COLUMNS)
-            f_within += tl.sum(b_product * _split(p_row, o_column, C, f_sign), 0)
+        if p_moments is not None:
+            for i_column in range(0, W, COLUMNS):
+                o_column = i_column + tl.arange(0, COLUMNS)
+                b_product = _times_gram(p_moments, p_row, o_column, C, W, f_sign, ROWS, COLUMNS)
+                f_within += tl.sum(b_product * _split(p_row, o_column, C, W, f_sign), 0)
+        else:
+            for i_cloud in range(0, clouds, CLOUDS):
+                o_cloud = (clouds + i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
+                m_cloud = o_cloud < 2 * clouds
+                f_within += tl.sum(_of_parts(p_partial, o_cloud, m_cloud, i_channel, parts, O, CLOUDS), 0)
         f_within -= f_square
         f_within = tl.where(f_within < 0, 0.0, f_within)  # which keeps NaN
         f_var = (f_within + f_between) / tl.maximum(f_count, 1.0)
@@ -220,41 +263,62 @@ def norm_kernel(
 
 
 @triton.jit
-def _constant(p_centre, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS: tl.constexpr, CLOUDS: tl.constexpr):
-    """h of an edge from each cloud's centre to itself."""
+def _constant(p_centre, p_own, o_cloud, m_cloud, C, f_sign, COLUMNS: tl.constexpr, CLOUDS: tl.constexpr):
+    """h of each cloud's centre, by the columns that it goes through."""
     b_constant = tl.zeros([CLOUDS], tl.float64)
     for i_column in range(0, C, COLUMNS):
         o_column = i_column + tl.arange(0, COLUMNS)
         m_all = m_cloud[:, None] & (o_column < C)[None, :]
-        b_own = tl.load(p_row + C + o_column, mask=o_column < C, other=0.0).to(tl.float64) * f_sign
+        b_own = tl.load(p_own + o_column, mask=o_column < C, other=0.0).to(tl.float64) * f_sign
         b_centre = tl.load(p_centre + o_cloud[:, None] * C + o_column[None, :], mask=m_all, other=0.0)
         b_constant += tl.sum(b_centre.to(tl.float64) * b_own[None, :], 1)
     return b_constant
 
 
 @triton.jit
-def _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS: tl.constexpr, CLOUDS: tl.constexpr):
+def _sums_of(
+    p_moments, p_partial, p_row, o_cloud, m_cloud, i_channel, parts, C, W, O, f_sign, COLUMNS: tl.constexpr,
+    CLOUDS: tl.constexpr,
+):  # fmt: skip
     """Each cloud's sum of h, its centre's left out."""
-    p_first = p_moments + 4 * C.to(tl.int64) * C
-    b_sum = tl.zeros([CLOUDS], tl.float64)
-    for i_column in range(0, 2 * C, COLUMNS):
-        o_column = i_column + tl.arange(0, COLUMNS)
-        m_all = m_cloud[:, None] & (o_column < 2 * C)[None, :]
-        b_first = tl.load(p_first + o_cloud[:, None] * 2 * C + o_column[None, :], mask=m_all, other=0.0)
-        b_sum += tl.sum(b_first * _split(p_row, o_column, C, f_sign)[None, :], 1)
+    if p_moments is not None:
+        b_sum = _first(p_moments, p_row, o_cloud, m_cloud, C, W, f_sign, COLUMNS, CLOUDS)
+    else:
+        b_sum = _of_parts(p_partial, o_cloud, m_cloud, i_channel, parts, O, CLOUDS)
     return b_sum
 
 
 @triton.jit
-def _times_gram(p_moments, p_row, o_column, C, f_sign, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _of_parts(p_partial, o_cloud, m_cloud, i_channel, parts, O, CLOUDS: tl.constexpr):
+    b_sum = tl.zeros([CLOUDS], tl.float64)
+    for i_part in range(parts):
+        b_sum += tl.load(p_partial + (o_cloud * parts + i_part) * O + i_channel, mask=m_cloud, other=0.0)
+    return b_sum
+
+
+@triton.jit
+def _first(p_moments, p_row, o_cloud, m_cloud, C, W, f_sign, COLUMNS: tl.constexpr, CLOUDS: tl.constexpr):
+    """Each cloud's sum of h, its centre's left out, from the moments."""
+    p_first = p_moments + tl.cast(W, tl.int64) * W
+    b_sum = tl.zeros([CLOUDS], tl.float64)
+    for i_column in range(0, W, COLUMNS):
+        o_column = i_column + tl.arange(0, COLUMNS)
+        m_all = m_cloud[:, None] & (o_column < W)[None, :]
+        b_first = tl.load(p_first + o_cloud[:, None] * W + o_column[None, :], mask=m_all, other=0.0)
+        b_sum += tl.sum(b_first * _split(p_row, o_column, C, W, f_sign)[None, :], 1)
+    return b_sum
+
+
+@triton.jit
+def _times_gram(p_moments, p_row, o_column, C, W, f_sign, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns of (a row of [A | D]) times the sums of e e^T."""
     b_product = tl.zeros([COLUMNS], tl.float64)
-    for i_row in range(0, 2 * C, ROWS):
+    for i_row in range(0, W, ROWS):
         o_row = i_row + tl.arange(0, ROWS)
-        m_all = (o_row < 2 * C)[:, None] & (o_column < 2 * C)[None, :]
-        o_value = o_row[:, None].to(tl.int64) * 2 * C + o_column[None, :]
+        m_all = (o_row < W)[:, None] & (o_column < W)[None, :]
+        o_value = o_row[:, None].to(tl.int64) * W + o_column[None, :]
         b_gram = tl.load(p_moments + o_value, mask=m_all, other=0.0)
-        b_product += tl.sum(b_gram * _split(p_row, o_row, C, f_sign)[:, None], 0)
+        b_product += tl.sum(b_gram * _split(p_row, o_row, C, W, f_sign)[:, None], 0)
     return b_product
 
 
@@ -283,11 +347,58 @@ def norm(
     scale (C_out) and shift (B, C_out): z = scale (U_j + V_i) + shift. edges (B), offset (B, C_out), which turns
     U_j + V_i into h - mean, and rstd (C_out) are float64.
     """
-    (channels, width), clouds = weight.shape, len(centre)
+    _norm(
+        *(moments, None, weight, gamma, beta, signs, running_mean, running_var, centre, edges, momentum, eps),
+        *(halves, offset, rstd, scale, shift),
+    )
+
+
+def sums_norm(
+    partial: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    signs: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    centre: Tensor,
+    edges: Tensor,
+    momentum: float,
+    eps: float,
+    offset: Tensor,
+    rstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> None:
+    """`norm` of a layer h = A a, weight (C_out, C), whose h has been computed edge by edge: partial (2, B, parts,
+    C_out) float64 are sums of h less that of the centre (B, C), float64, and of its squares."""
+    _norm(
+        *(None, partial, weight, gamma, beta, signs, running_mean, running_var, centre, edges, momentum, eps),
+        *(None, offset, rstd, scale, shift),
+    )
+
+
+def _norm(
+    moments: Tensor | None,
+    partial: Tensor | None,
+    weight: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    signs: bool,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    centre: Tensor,
+    edges: Tensor,
+    momentum: float,
+    eps: float,
+    *filled: Tensor | None,
+) -> None:
+    (channels, width), (clouds, c_in) = weight.shape, centre.shape
+    parts = 0 if partial is None else partial.shape[2]
     with device_of(weight):
         norm_kernel[(channels,)](
-            *(moments, weight, gamma, beta, running_mean, running_var, centre, edges),
-            *(halves, offset, rstd, scale, shift, clouds, width // 2, channels),
+            *(moments, partial, weight, gamma, beta, running_mean, running_var, centre, edges),
+            *(*filled, clouds, parts, c_in, width, channels),
             EPS=eps,
             MOMENTUM=momentum,
             SIGNS=signs,
@@ -328,6 +439,36 @@ def affine(
     with device_of(rstd):
         affine_kernel[(triton.cdiv(channels, NUMBERS), clouds)](
             *(gamma, beta, rstd, offset, scale, shift, clouds, channels), SIGNS=signs, NUMBERS=NUMBERS
+        )
+
+
+@triton.jit(do_not_specialize=["clouds"])
+def pivot_kernel(
+    p_gamma, p_beta, p_rstd, p_offset, p_pivot, clouds, C, SLOPE: tl.constexpr, NUMBERS: tl.constexpr
+):
+    o_channel = tl.program_id(0) * NUMBERS + tl.arange(0, NUMBERS)
+    m_channel = o_channel < C
+    o_own = tl.program_id(1).to(tl.int64) * C + o_channel
+    b_shift = _scale(p_gamma, p_rstd, o_channel, m_channel, False)
+    b_shift *= tl.load(p_offset + o_own, mask=m_channel, other=0.0)
+    if p_beta is not None:
+        b_shift += tl.load(p_beta + o_channel, mask=m_channel, other=0.0).to(tl.float64)
+    tl.store(p_pivot + o_own, tl.where(b_shift > 0, b_shift, b_shift * SLOPE), mask=m_channel)
+
+
+def pivot(
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    rstd: Tensor,
+    offset: Tensor,
+    negative_slope: float,
+    pivot: Tensor,
+) -> None:
+    """pivot (B, C) float64 = leaky(shift), of a norm that is known, before it is rounded."""
+    clouds, channels = offset.shape
+    with device_of(rstd):
+        pivot_kernel[(triton.cdiv(channels, NUMBERS), clouds)](
+            *(gamma, beta, rstd, offset, pivot, clouds, channels), SLOPE=negative_slope, NUMBERS=NUMBERS
         )
 
 
@@ -427,6 +568,7 @@ def input_terms_kernel(
     p_out,
     rows,
     C,
+    W,
     O,
     WHICH: tl.constexpr,
     SIGNS: tl.constexpr,
@@ -438,11 +580,11 @@ def input_terms_kernel(
     [A | D] (2)."""
     o_row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    m_row, m_column = o_row < rows, o_column < 2 * C
+    m_row, m_column = o_row < rows, o_column < W
     T: tl.constexpr = p_out.dtype.element_ty
     m_out = m_row[:, None] & m_column[None, :]
     if WHICH == 0:
-        b_sum = _scaled(p_weight, p_gamma, p_rstd, o_row, m_row, o_column, C, SIGNS)
+        b_sum = _scaled(p_weight, p_gamma, p_rstd, o_row, m_row, o_column, C, W, SIGNS)
     else:
         b_sum = tl.zeros([ROWS, COLUMNS], tl.float64)
         for i_channel in range(0, O, CHANNELS):
@@ -452,14 +594,14 @@ def input_terms_kernel(
                 m_left = m_row[:, None] & m_channel[None, :]
                 b_left = tl.load(p_left + o_row[:, None] * O + o_channel[None, :], mask=m_left, other=0.0)
             else:
-                b_left = _rows(p_weight, p_gamma, o_channel, m_channel, o_row, C, SIGNS)
+                b_left = _rows(p_weight, p_gamma, o_channel, m_channel, o_row, C, W, SIGNS)
                 b_left = tl.trans(b_left) * tl.load(p_left + o_channel, mask=m_channel, other=0.0)[None, :]
             b_right = _scaled(
-                p_weight, p_gamma, p_rstd, o_channel.to(tl.int64), m_channel, o_column, C, SIGNS
+                p_weight, p_gamma, p_rstd, o_channel.to(tl.int64), m_channel, o_column, C, W, SIGNS
             )
             b_sum += tl.sum(b_left[:, :, None] * b_right[None, :, :], 1)
     if WHICH == 1:
-        tl.store(p_out + o_row[:, None] * 2 * C + o_column[None, :], b_sum.to(T), mask=m_out)
+        tl.store(p_out + o_row[:, None] * W + o_column[None, :], b_sum.to(T), mask=m_out)
     else:
         o_own = tl.where(o_column < C, 0, rows)[None, :] + o_row[:, None]
         o_within = tl.where(o_column < C, o_column, o_column - C)
@@ -468,10 +610,10 @@ def input_terms_kernel(
 
 
 @triton.jit
-def _rows(p_weight, p_gamma, o_channel, m_channel, o_column, C, SIGNS: tl.constexpr):
-    """Of [A | D], signed: (channels, columns)."""
-    m_all = m_channel[:, None] & (o_column < 2 * C)[None, :]
-    o_value = o_channel[:, None] * 2 * C + o_column[None, :]
+def _rows(p_weight, p_gamma, o_channel, m_channel, o_column, C, W, SIGNS: tl.constexpr):
+    """Of [A | D], or of A, signed: (channels, columns)."""
+    m_all = m_channel[:, None] & (o_column < W)[None, :]
+    o_value = o_channel[:, None] * W + o_column[None, :]
     b_weight = tl.load(p_weight + o_value, mask=m_all, other=0.0).to(tl.float64)
     m_own = m_all & (o_column >= C)[None, :]
     b_weight -= tl.load(p_weight + o_value - C, mask=m_own, other=0.0).to(tl.float64)
@@ -482,9 +624,9 @@ def _rows(p_weight, p_gamma, o_channel, m_channel, o_column, C, SIGNS: tl.conste
 
 
 @triton.jit
-def _scaled(p_weight, p_gamma, p_rstd, o_channel, m_channel, o_column, C, SIGNS: tl.constexpr):
+def _scaled(p_weight, p_gamma, p_rstd, o_channel, m_channel, o_column, C, W, SIGNS: tl.constexpr):
     b_scale = _scale(p_gamma, p_rstd, o_channel, m_channel, SIGNS)
-    return b_scale[:, None] * _rows(p_weight, p_gamma, o_channel, m_channel, o_column, C, SIGNS)
+    return b_scale[:, None] * _rows(p_weight, p_gamma, o_channel, m_channel, o_column, C, W, SIGNS)
 
 
 def input_terms(
@@ -500,8 +642,8 @@ def input_terms(
 ) -> None:
     """halves (2 C_out, C): scale [A | D], its halves above one another. Where the batch made the statistics also
     constant (B, 2 C), what each edge takes from x_j and x_i, and square (4 C, C) = -[A | D]^T (slope_term scale)
-    [A | D], its halves above one another."""
-    channels, width = weight.shape
+    [A | D], its halves above one another. Of a layer of A alone: (C_out, C), (B, C) and (C, C)."""
+    (channels, width), c_in = weight.shape, halves.shape[1]
     jobs = [(0, rstd, halves, channels)]
     if mean_term is not None:
         jobs += [(1, mean_term, constant, len(mean_term)), (2, slope_term, square, width)]
@@ -509,7 +651,7 @@ def input_terms(
         for which, left, out, rows in jobs:
             grid = (triton.cdiv(rows, TERMS["ROWS"]), triton.cdiv(width, TERMS["COLUMNS"]))
             input_terms_kernel[grid](
-                *(weight, gamma, rstd, left, out, rows, width // 2, channels),
+                *(weight, gamma, rstd, left, out, rows, c_in, width, channels),
                 WHICH=which,
                 SIGNS=signs,
                 **TERMS,
@@ -531,14 +673,17 @@ def weight_gradient_kernel(
     p_grad,
     clouds,
     C,
+    W,
     O,
+    PAIRED: tl.constexpr,
     SIGNS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CLOUDS: tl.constexpr,
 ):
+    """One output channel's; PAIRED: of [A | B], W = 2 C."""
     i_channel = tl.program_id(0).to(tl.int64)
-    p_row = p_weight + i_channel * 2 * C
+    p_row = p_weight + i_channel * W
     f_sign = _sign(p_gamma, i_channel, SIGNS)
     f_scale = tl.load(p_rstd + i_channel)
     if p_gamma is not None:
@@ -548,22 +693,11 @@ def weight_gradient_kernel(
     for i_column in range(0, C, COLUMNS):
         o_column = i_column + tl.arange(0, COLUMNS)
         m_column = o_column < C
-        b_end = tl.load(p_sparse + i_channel * C + o_column, mask=m_column, other=0.0).to(tl.float64)
-        b_begin = tl.load(p_sparse + (O + i_channel) * C + o_column, mask=m_column, other=0.0).to(tl.float64)
         b_mean = tl.zeros([COLUMNS], tl.float64)
         if p_moments is not None:
-            f_slope = tl.load(p_slope_term + i_channel)
-            b_end -= f_slope * _times_gram(p_moments, p_row, o_column, C, f_sign, ROWS, COLUMNS)
-            b_begin -= f_slope * _times_gram(p_moments, p_row, C + o_column, C, f_sign, ROWS, COLUMNS)
-            p_first = p_moments + 4 * C.to(tl.int64) * C
             for i_cloud in range(0, clouds, CLOUDS):
                 o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
-                m_cloud = o_cloud < clouds
-                m_all = m_cloud[:, None] & m_column[None, :]
-                b_mean_term = tl.load(p_mean_term + o_cloud * O + i_channel, mask=m_cloud, other=0.0)[:, None]
-                o_value = o_cloud[:, None] * 2 * C + o_column[None, :]
-                b_end -= tl.sum(b_mean_term * tl.load(p_first + o_value, mask=m_all, other=0.0), 0)
-                b_begin -= tl.sum(b_mean_term * tl.load(p_first + o_value + C, mask=m_all, other=0.0), 0)
+                m_all = (o_cloud < clouds)[:, None] & m_column[None, :]
                 o_value = o_cloud[:, None] * C + o_column[None, :]
                 b_mean += tl.sum(tl.load(p_centre + o_value, mask=m_all, other=0.0).to(tl.float64), 0)
             b_mean /= clouds.to(tl.float64)
@@ -577,15 +711,49 @@ def weight_gradient_kernel(
             if p_moments is not None:
                 b_mean_term = tl.load(p_mean_term + o_cloud * O + i_channel, mask=m_cloud, other=0.0)
                 b_sum -= b_mean_term * tl.load(p_edges + o_cloud, mask=m_cloud, other=0.0)
-                b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, f_sign, COLUMNS, CLOUDS)
+                b_first = _first(p_moments, p_row, o_cloud, m_cloud, C, W, f_sign, COLUMNS, CLOUDS)
                 b_sum -= tl.load(p_slope_term + i_channel) * b_first
             o_value = o_cloud[:, None] * C + o_column[None, :]
             b_centre = tl.load(p_centre + o_value, mask=m_all, other=0.0).to(tl.float64) - b_mean[None, :]
             b_moved += tl.sum(tl.where(m_all, b_sum[:, None] * b_centre, 0.0), 0)
         f_factor = f_sign * f_scale
-        p_own = p_grad + i_channel * 2 * C + o_column
-        tl.store(p_own, (f_factor * (b_end - b_begin)).to(T), mask=m_column)
-        tl.store(p_own + C, (f_factor * (b_begin + b_moved)).to(T), mask=m_column)
+        p_own = p_grad + i_channel * W + o_column
+        p_end = p_sparse + i_channel * C + o_column
+        b_last = tl.load(p_end + (O * C if PAIRED else 0), mask=m_column, other=0.0).to(tl.float64)
+        if p_moments is not None:
+            b_last -= _dense(
+                p_moments, p_row, p_mean_term, p_slope_term, i_channel, W - C + o_column, clouds, C, W, O, f_sign,
+                ROWS, COLUMNS, CLOUDS,
+            )  # fmt: skip
+        if PAIRED:
+            b_end = tl.load(p_end, mask=m_column, other=0.0).to(tl.float64)
+            if p_moments is not None:
+                b_end -= _dense(
+                    p_moments, p_row, p_mean_term, p_slope_term, i_channel, o_column, clouds, C, W, O, f_sign,
+                    ROWS, COLUMNS, CLOUDS,
+                )  # fmt: skip
+            tl.store(p_own, (f_factor * (b_end - b_last)).to(T), mask=m_column)
+        tl.store(p_own + W - C, (f_factor * (b_last + b_moved)).to(T), mask=m_column)
+
+
+@triton.jit
+def _dense(
+    p_moments, p_row, p_mean_term, p_slope_term, i_channel, o_column, clouds, C, W, O, f_sign, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CLOUDS: tl.constexpr,
+):  # fmt: skip
+    """What the statistics take from every edge, summed over them all times columns of what [A | D] goes over."""
+    b_dense = tl.load(p_slope_term + i_channel) * _times_gram(
+        p_moments, p_row, o_column, C, W, f_sign, ROWS, COLUMNS
+    )
+    p_first = p_moments + tl.cast(W, tl.int64) * W
+    for i_cloud in range(0, clouds, CLOUDS):
+        o_cloud = (i_cloud + tl.arange(0, CLOUDS)).to(tl.int64)
+        m_cloud = o_cloud < clouds
+        m_all = m_cloud[:, None] & (o_column < W)[None, :]
+        b_mean_term = tl.load(p_mean_term + o_cloud * O + i_channel, mask=m_cloud, other=0.0)[:, None]
+        o_value = o_cloud[:, None] * W + o_column[None, :]
+        b_dense += tl.sum(b_mean_term * tl.load(p_first + o_value, mask=m_all, other=0.0), 0)
+    return b_dense
 
 
 def weight_gradient(
@@ -604,12 +772,13 @@ def weight_gradient(
 ) -> None:
     """grad (C_out, 2 C), of [A | B], from sparse (2 C_out, C) = dz^T x, at the edges' ends above that at their
     beginnings, sum (B, C_out), of dz over each cloud's edges, and, where the batch made the statistics, what those take
-    from every edge (`norm_gradient`)."""
-    channels, width = weight.shape
+    from every edge (`norm_gradient`). Of a layer of A alone: grad and sparse (C_out, C), moments (C + B, C)."""
+    (channels, width), (clouds, c_in) = weight.shape, centre.shape
     with device_of(weight):
         weight_gradient_kernel[(channels,)](
             *(sparse, weight, gamma, rstd, centre, edges, mean_term, slope_term, moments, sum, grad),
-            *(len(centre), width // 2, channels),
+            *(clouds, c_in, width, channels),
+            PAIRED=width != c_in,
             SIGNS=signs,
             ROWS=ROWS,
             COLUMNS=COLUMNS,

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) edges_max(EdgeTileMaxArgs<T> 
     const int64_t tile = item / slices, b = tile / parts, first = tile % parts * kTileRows, c0 = item % slices * W;
     const int64_t columns = C - c0 < W ? C - c0 : W;
     const auto fill = [&](int64_t piece, T* to) {
-      fill_right(to, args.weight + c0 * C_mid + piece * kDepth, 1, C_mid, C_mid - piece * kDepth, columns);
+      fill_right(to, args.weight + c0 * C_mid + piece * kDepth, 1, C_mid, C_mid - piece * kDepth, columns,
+                 args.gamma == nullptr ? nullptr : args.gamma + c0);
     };
     __syncthreads();
     if (resident == pieces)

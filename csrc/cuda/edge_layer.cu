@@ -14,21 +14,23 @@ constexpr int kFlatThreads = 256;
 // One row of the layer's signed weight.
 template <class T>
 struct Row {
-  const T* weight;  // of A, then of B
-  int64_t channels;
+  const T* weight;
+  int64_t channels, width;
   double sign;
 
   __device__ Row(const EdgeLayer<T>& layer, int64_t o)
-      : weight(layer.weight + o * 2 * layer.in_channels),
+      : weight(layer.weight + o * layer.width),
         channels(layer.in_channels),
+        width(layer.width),
         sign(layer.signs && layer.gamma != nullptr && layer.gamma[o] < T(0) ? -1 : 1) {}
 
-  // Of [A | D].
+  // Of [A | D], or of A.
   __device__ __forceinline__ double split(int64_t p) const {
     if (p < channels) return sign * static_cast<double>(weight[p]);
     return sign * (static_cast<double>(weight[p]) - static_cast<double>(weight[p - channels]));
   }
-  __device__ __forceinline__ double own(int64_t c) const { return sign * static_cast<double>(weight[channels + c]); }
+  // Of what the centre goes through: B, or A.
+  __device__ __forceinline__ double last(int64_t c) const { return sign * static_cast<double>(weight[width - channels + c]); }
 };
 
 // By what h of channel o is multiplied on its way to z.
@@ -48,6 +50,11 @@ __device__ __forceinline__ double block_sum(double value, double* space) {
   double total = space[0];
   for (int w = 1; w < kWarps; ++w) total += space[w];
   return total;
+}
+
+// Of doubles, or of floats.
+__device__ __forceinline__ double read_either(const void* values, int64_t is_double, int64_t i) {
+  return is_double ? static_cast<const double*>(values)[i] : static_cast<double>(static_cast<const float*>(values)[i]);
 }
 
 __device__ __forceinline__ double at_least_one(double x) { return x > 1 ? x : 1; }
@@ -87,13 +94,9 @@ __global__ void __launch_bounds__(kFlatThreads) layer_sum_parts(EdgeSumPartsArgs
 
 // ---- the norm: loops are not unrolled where that would cost registers and gain nothing
 
-__device__ __forceinline__ double read_running(const void* values, int64_t is_double, int64_t o) {
-  return is_double ? static_cast<const double*>(values)[o] : static_cast<double>(static_cast<const float*>(values)[o]);
-}
-
 // As torch.lerp does, which gives `value` itself for a momentum of 1.
 __device__ __forceinline__ void move_running(void* values, int64_t is_double, int64_t o, double value, double momentum) {
-  const double before = read_running(values, is_double, o), step = value - before;
+  const double before = read_either(values, is_double, o), step = value - before;
   const double after = momentum < 0.5 ? before + momentum * step : value - step * (1 - momentum);
   if (is_double)
     static_cast<double*>(values)[o] = after;
@@ -101,88 +104,121 @@ __device__ __forceinline__ void move_running(void* values, int64_t is_double, in
     static_cast<float*>(values)[o] = static_cast<float>(after);
 }
 
+// One channel's norm. sum_of(b) is the sum of h less that of the centre over the edges of cloud b, and squares() this
+// thread's part of the sum of its squares over all edges; a warp calls the one, the block the other. Scatter within
+// clouds and between their means are sums of squares both: no large offset enters a difference.
+template <class T, class SumOf, class Squares>
+__device__ __forceinline__ void norm_of_channel(const EdgeLayer<T>& layer, const EdgeNorm<T>& norm, int64_t o, const Row<T>& row,
+                                                bool training, double* space, SumOf&& sum_of, Squares&& squares) {
+  const int64_t C = layer.in_channels, O = layer.out_channels, B = layer.batch;
+  const int lane = lane_id(), warp = threadIdx.x / kWarp;
+  double count = 0, total = 0, own = 0;  // edges; of h; of the squares of each cloud's mean of h less that of the centre
+#pragma unroll 1
+  for (int64_t b = warp; b < B; b += kWarps) {
+    double constant = 0;
+#pragma unroll 1
+    for (int64_t c = lane; c < C; c += kWarp) constant += read_either(norm.centre, norm.centre_double, b * C + c) * row.last(c);
+    constant = warp_sum(constant);
+    if (lane == 0) norm.offset[b * O + o] = constant;
+    if (!training) continue;
+    const double sum = sum_of(b);
+    if (lane != 0) continue;
+    const double edges = norm.edges[b];
+    count += edges;
+    total += sum + edges * constant;
+    own += sum * sum / at_least_one(edges);
+  }
+  double mean = 0, rstd = 1;
+  if (training) {
+    count = block_sum(count, space);
+    mean = block_sum(total, space) / at_least_one(count);
+    const double within = block_sum(squares(), space) - block_sum(own, space);
+    double between = 0;
+#pragma unroll 1
+    for (int64_t b = warp; b < B; b += kWarps) {
+      const double sum = sum_of(b);
+      if (lane != 0) continue;
+      const double edges = norm.edges[b], off = sum / at_least_one(edges) + norm.offset[b * O + o] - mean;
+      between += edges * off * off;
+    }
+    between = block_sum(between, space);
+    const double var = ((within < 0 ? 0 : within) + between) / at_least_one(count);  // NaN stays
+    rstd = 1 / sqrt(var + norm.eps);
+    if (threadIdx.x == 0 && norm.running_mean != nullptr && count > 0) {
+      const double unbiased = var * (count / at_least_one(count - 1));
+      move_running(norm.running_mean, norm.running_double, o, row.sign * mean, norm.momentum);
+      move_running(norm.running_var, norm.running_double, o, unbiased, norm.momentum);
+    }
+  } else if (layer.gamma != nullptr) {
+    mean = row.sign * read_either(norm.running_mean, norm.running_double, o);
+    rstd = 1 / sqrt(read_either(norm.running_var, norm.running_double, o) + norm.eps);
+  }
+  __syncthreads();  // every offset of this channel is there
+  double scale = rstd;
+  if (layer.gamma != nullptr) {
+    const double gamma = layer.gamma[o];
+    scale *= layer.signs && gamma < 0 ? -gamma : gamma;
+  }
+  const double beta = norm.beta == nullptr ? 0 : static_cast<double>(norm.beta[o]);
+#pragma unroll 1
+  for (int64_t b = threadIdx.x; b < B; b += kThreads) {
+    const double offset = norm.offset[b * O + o] - mean;
+    norm.offset[b * O + o] = offset;
+    norm.shift[b * O + o] = static_cast<T>(beta + scale * offset);
+  }
+  if (threadIdx.x == 0) {
+    norm.rstd[o] = rstd;
+    norm.scale[o] = static_cast<T>(scale);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) layer_norm(EdgeNormArgs<T> args) {
   CROSSPOINT_SHARED(space, double[kWarps]);
-  const int64_t C = args.layer.in_channels, O = args.layer.out_channels, B = args.layer.batch;
-  const int lane = lane_id(), warp = threadIdx.x / kWarp;
+  const int64_t C = args.layer.in_channels, O = args.layer.out_channels, W = 2 * C;
   for (int64_t o = blockIdx.x; o < O; o += gridDim.x) {
     const Row<T> row(args.layer, o);
     for (int64_t c = threadIdx.x; c < C; c += kThreads) {
       args.halves[o * C + c] = static_cast<T>(row.split(c));
       args.halves[(O + o) * C + c] = static_cast<T>(row.split(C + c));
     }
-    // h of each cloud's centre, and the square of each cloud's mean of what is left.
-    const double* first = args.moments == nullptr ? nullptr : args.moments + 2 * C * 2 * C;
-    double count = 0, sum = 0, square = 0;
+    const auto sum_of = [&](int64_t b) {
+      const double* first = args.moments + (W + b) * W;
+      double sum = 0;
 #pragma unroll 1
-    for (int64_t b = warp; b < B; b += kWarps) {
-      double constant = 0, mean = 0;
-#pragma unroll 1
-      for (int64_t c = lane; c < C; c += kWarp) constant += static_cast<double>(args.centre[b * C + c]) * row.own(c);
-      constant = warp_sum(constant);
-      if (lane == 0) args.offset[b * O + o] = constant;
-      if (args.moments == nullptr) continue;
-#pragma unroll 1
-      for (int64_t p = lane; p < 2 * C; p += kWarp) mean += first[b * 2 * C + p] * row.split(p);
-      mean = warp_sum(mean);
-      if (lane != 0) continue;
-      const double edges = args.edges[b];
-      count += edges;
-      sum += mean + edges * constant;
-      square += mean * mean / at_least_one(edges);
-    }
-    double mean = 0, rstd = 1;
-    if (args.moments != nullptr) {
-      count = block_sum(count, space);
-      mean = block_sum(sum, space) / at_least_one(count);
-      square = block_sum(square, space);
-      double within = 0, between = 0;
-      for (int64_t p = threadIdx.x; p < 2 * C; p += kThreads) {
+      for (int64_t p = lane_id(); p < W; p += kWarp) sum += first[p] * row.split(p);
+      return warp_sum(sum);
+    };
+    const auto squares = [&] {
+      double square = 0;
+      for (int64_t p = threadIdx.x; p < W; p += kThreads) {
         double product = 0;
 #pragma unroll 8
-        for (int64_t q = 0; q < 2 * C; ++q) product += row.split(q) * args.moments[q * 2 * C + p];
-        within += row.split(p) * product;
+        for (int64_t q = 0; q < W; ++q) product += row.split(q) * args.moments[q * W + p];
+        square += row.split(p) * product;
       }
-#pragma unroll 1
-      for (int64_t b = warp; b < B; b += kWarps) {
-        double own = 0;
-#pragma unroll 1
-        for (int64_t p = lane; p < 2 * C; p += kWarp) own += first[b * 2 * C + p] * row.split(p);
-        own = warp_sum(own);
-        if (lane != 0) continue;
-        const double edges = args.edges[b], off = own / at_least_one(edges) + args.offset[b * O + o] - mean;
-        between += edges * off * off;
-      }
-      within = block_sum(within, space) - square;
-      between = block_sum(between, space);
-      const double var = ((within < 0 ? 0 : within) + between) / at_least_one(count);  // NaN stays
-      rstd = 1 / sqrt(var + args.eps);
-      if (threadIdx.x == 0 && args.running_mean != nullptr && count > 0) {
-        move_running(args.running_mean, args.running_double, o, row.sign * mean, args.momentum);
-        move_running(args.running_var, args.running_double, o, var * (count / at_least_one(count - 1)), args.momentum);
-      }
-    } else if (args.layer.gamma != nullptr) {
-      mean = row.sign * read_running(args.running_mean, args.running_double, o);
-      rstd = 1 / sqrt(read_running(args.running_var, args.running_double, o) + args.eps);
-    }
-    __syncthreads();  // every offset of this channel is there
-    double scale = rstd;
-    if (args.layer.gamma != nullptr) {
-      const double gamma = args.layer.gamma[o];
-      scale *= args.layer.signs && gamma < 0 ? -gamma : gamma;
-    }
-    const double beta = args.beta == nullptr ? 0 : static_cast<double>(args.beta[o]);
-#pragma unroll 1
-    for (int64_t b = threadIdx.x; b < B; b += kThreads) {
-      const double offset = args.offset[b * O + o] - mean;
-      args.offset[b * O + o] = offset;
-      args.shift[b * O + o] = static_cast<T>(beta + scale * offset);
-    }
-    if (threadIdx.x == 0) {
-      args.rstd[o] = rstd;
-      args.scale[o] = static_cast<T>(scale);
-    }
+      return square;
+    };
+    norm_of_channel(args.layer, args.norm, o, row, args.moments != nullptr, space, sum_of, squares);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 4) layer_sums_norm(EdgeSumsNormArgs<T> args) {
+  CROSSPOINT_SHARED(space, double[kWarps]);
+  const int64_t O = args.layer.out_channels, B = args.layer.batch, parts = args.parts;
+  for (int64_t o = blockIdx.x; o < O; o += gridDim.x) {
+    const auto sum_of = [&](int64_t b) {
+      double sum = 0;
+      for (int64_t part = lane_id(); part < parts; part += kWarp) sum += args.partial[(b * parts + part) * O + o];
+      return warp_sum(sum);
+    };
+    const auto squares = [&] {
+      double square = 0;
+      for (int64_t i = threadIdx.x; i < B * parts; i += kThreads) square += args.partial[(B * parts + i) * O + o];
+      return square;
+    };
+    norm_of_channel(args.layer, args.norm, o, Row<T>(args.layer, o), args.partial != nullptr, space, sum_of, squares);
   }
 }
 
@@ -194,6 +230,15 @@ __global__ void __launch_bounds__(kFlatThreads) layer_affine(EdgeAffineArgs<T> a
     const double beta = args.beta == nullptr ? 0 : static_cast<double>(args.beta[o]);
     if (b == 0) args.scale[o] = static_cast<T>(scale);
     args.shift[i] = static_cast<T>(beta + scale * args.offset[i]);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kFlatThreads) layer_pivot(EdgePivotArgs<T> args) {
+  for_each_index(args.batch * args.channels, [&](int64_t i) {
+    const int64_t o = i - short_quotient(i, args.channels) * args.channels;
+    const double shift = scale_of(args.gamma, 0, args.rstd, o) * args.offset[i] + (args.beta == nullptr ? 0 : static_cast<double>(args.beta[o]));
+    args.pivot[i] = shift > 0 ? shift : shift * args.negative_slope;
   });
 }
 
@@ -237,7 +282,7 @@ __global__ void __launch_bounds__(kThreads) layer_norm_gradient(EdgeNormGradient
 template <class T>
 __global__ void __launch_bounds__(kFlatThreads) layer_input_terms(EdgeInputTermsArgs<T> args) {
   const EdgeLayer<T>& layer = args.layer;
-  const int64_t C = layer.in_channels, O = layer.out_channels, W = 2 * C;
+  const int64_t C = layer.in_channels, O = layer.out_channels, W = layer.width;
   const int64_t halves = O * W, square = args.mean_term == nullptr ? 0 : W * W;
   const int64_t constant = args.mean_term == nullptr ? 0 : layer.batch * W;
   for_each_index(halves + square + constant, [&](int64_t i) {
@@ -266,7 +311,7 @@ __global__ void __launch_bounds__(kFlatThreads) layer_input_terms(EdgeInputTerms
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) layer_weight_gradient(EdgeWeightGradientArgs<T> args) {
-  const int64_t C = args.layer.in_channels, O = args.layer.out_channels, B = args.layer.batch, W = 2 * C;
+  const int64_t C = args.layer.in_channels, O = args.layer.out_channels, B = args.layer.batch, W = args.layer.width;
   const bool training = args.mean_term != nullptr;
   const double* first = training ? args.moments + W * W : nullptr;
   const int lane = lane_id(), warp = threadIdx.x / kWarp;
@@ -283,36 +328,29 @@ __global__ void __launch_bounds__(kThreads) layer_weight_gradient(EdgeWeightGrad
       }
       __syncthreads();  // every sum of this channel is there
     }
+    // Of column p of split: what is summed at the winners, less what the statistics take from every edge.
+    const auto column = [&](int64_t p) {
+      const double sparse = args.sparse[p < C ? o * C + p : (O + o) * C + p - C];
+      if (!training) return sparse;
+      double dense = 0;
+#pragma unroll 4
+      for (int64_t q = 0; q < W; ++q) dense += row.split(q) * args.moments[q * W + p];
+      dense *= slope;
+      for (int64_t b = 0; b < B; ++b) dense += args.mean_term[b * O + o] * first[b * W + p];
+      return sparse - dense;
+    };
+    const double factor = row.sign * scale;
     for (int64_t c = threadIdx.x; c < C; c += kThreads) {
-      double end = args.sparse[o * C + c], begin = args.sparse[(O + o) * C + c];
-      if (training) {
-        double from_end = 0, from_begin = 0;
-        for (int64_t q = 0; q < W; ++q) {
-          const double factor = row.split(q);
-          from_end += factor * args.moments[q * W + c];
-          from_begin += factor * args.moments[q * W + C + c];
-        }
-        from_end *= slope;
-        from_begin *= slope;
-        for (int64_t b = 0; b < B; ++b) {
-          const double factor = args.mean_term[b * O + o];
-          from_end += factor * first[b * W + c];
-          from_begin += factor * first[b * W + C + c];
-        }
-        end -= from_end;
-        begin -= from_begin;
-      }
       // Over all clouds the sums add up to 0 in training, so what the centres share may go before it is rounded.
-      double mean = 0, moved = 0;
+      const auto centre = [&](int64_t b) { return read_either(args.centre, args.centre_double, b * C + c); };
+      double mean = 0, last = column(W - C + c);
       if (training) {
-        for (int64_t b = 0; b < B; ++b) mean += static_cast<double>(args.centre[b * C + c]);
+        for (int64_t b = 0; b < B; ++b) mean += centre(b);
         mean /= static_cast<double>(B);
       }
-      for (int64_t b = 0; b < B; ++b)
-        moved += args.sum[b * O + o] * (static_cast<double>(args.centre[b * C + c]) - mean);
-      const double factor = row.sign * scale;
-      args.grad[o * W + c] = static_cast<T>(factor * (end - begin));
-      args.grad[o * W + C + c] = static_cast<T>(factor * (begin + moved));
+      if (W != C) args.grad[o * W + c] = static_cast<T>(factor * (column(c) - last));
+      for (int64_t b = 0; b < B; ++b) last += args.sum[b * O + o] * (centre(b) - mean);
+      args.grad[o * W + W - C + c] = static_cast<T>(factor * last);
     }
   }
 }
@@ -337,7 +375,7 @@ cudaError_t launch_sum_parts(const EdgeSumPartsArgs<T>& args, cudaStream_t strea
 
 template <class T>
 cudaError_t launch_input_terms(const EdgeInputTermsArgs<T>& args, cudaStream_t stream) {
-  const int64_t width = 2 * args.layer.in_channels, dense = args.mean_term == nullptr ? 0 : width + args.layer.batch;
+  const int64_t width = args.layer.width, dense = args.mean_term == nullptr ? 0 : width + args.layer.batch;
   return by_number(layer_input_terms<T>, (args.layer.out_channels + dense) * width, args, stream);
 }
 
@@ -351,11 +389,23 @@ cudaError_t edge_norm(const EdgeNormArgs<float>& a, cudaStream_t s) {
 cudaError_t edge_norm(const EdgeNormArgs<double>& a, cudaStream_t s) {
   return by_channel(layer_norm<double>, a.layer.out_channels, a, s);
 }
+cudaError_t edge_sums_norm(const EdgeSumsNormArgs<float>& a, cudaStream_t s) {
+  return by_channel(layer_sums_norm<float>, a.layer.out_channels, a, s);
+}
+cudaError_t edge_sums_norm(const EdgeSumsNormArgs<double>& a, cudaStream_t s) {
+  return by_channel(layer_sums_norm<double>, a.layer.out_channels, a, s);
+}
 cudaError_t edge_affine(const EdgeAffineArgs<float>& a, cudaStream_t s) {
   return by_number(layer_affine<float>, a.batch * a.channels, a, s);
 }
 cudaError_t edge_affine(const EdgeAffineArgs<double>& a, cudaStream_t s) {
   return by_number(layer_affine<double>, a.batch * a.channels, a, s);
+}
+cudaError_t edge_pivot(const EdgePivotArgs<float>& a, cudaStream_t s) {
+  return by_number(layer_pivot<float>, a.batch * a.channels, a, s);
+}
+cudaError_t edge_pivot(const EdgePivotArgs<double>& a, cudaStream_t s) {
+  return by_number(layer_pivot<double>, a.batch * a.channels, a, s);
 }
 cudaError_t edge_norm_gradient(const EdgeNormGradientArgs<float>& a, cudaStream_t s) {
   return by_channel(layer_norm_gradient<float>, a.channels, a, s);

@@ -102,14 +102,16 @@ __device__ __forceinline__ void fill_winners(T* tile, int pitch, const EdgeTileG
     fill_winners<T, int32_t>(tile, pitch, args, b, edges, c0);
 }
 
-// tile[p][c] = matrix[p * down + c * across] for p < depth and c < columns, else 0. The whole block calls.
+// tile[p][c] = matrix[p * down + c * across] for p < depth and c < columns, else 0; minus it where gamma[c] is
+// negative. The whole block calls.
 template <class T>
 __device__ __forceinline__ void fill_right(T* tile, const T* matrix, int64_t down, int64_t across, int64_t depth,
-                                           int64_t columns) {
+                                           int64_t columns, const T* gamma = nullptr) {
   constexpr int W = kColumns<T>;
   for (int e = threadIdx.x; e < kDepth * W; e += kTileThreads) {
     const int p = across == 1 ? e / W : e % kDepth, c = across == 1 ? e % W : e / kDepth;
-    tile[p * kRightPitch + c] = p < depth && c < columns ? matrix[p * down + c * across] : T(0);
+    const T value = p < depth && c < columns ? matrix[p * down + c * across] : T(0);
+    tile[p * kRightPitch + c] = gamma != nullptr && c < columns && gamma[c] < T(0) ? -value : value;
   }
 }
 

@@ -67,7 +67,9 @@ TUNED = {
             *(
                 ("sum_parts", 256),
                 ("norm", 128),
+                ("sums_norm", 128),
                 ("affine", 256),
+                ("pivot", 256),
                 ("norm_gradient", 128),
                 ("input_terms", 256),
             ),

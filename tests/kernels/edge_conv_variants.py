@@ -39,7 +39,9 @@ def variants() -> list[Variant]:
             options = {"num_warps": tile.warps}
             cores = tile.product == "tf32x3"
             found.append(
-                Variant(f"{name}-{tile.channels}", kernel, {**TYPES, **types}, tiled, options, tensor_cores=cores)
+                Variant(
+                    f"{name}-{tile.channels}", kernel, {**TYPES, **types}, tiled, options, tensor_cores=cores
+                )
             )
         tile = table_double[-1]
         tiled = {**tile.constants(), **constants}

@@ -25,9 +25,10 @@ DOUBLES = (
     "p_mean_term",
     "p_slope_term",
     "p_left",
+    "p_pivot",
 )
 TYPES = {
-    **dict.fromkeys(["clouds", "parts", "rows", "C", "O"], "i32"),
+    **dict.fromkeys(["clouds", "parts", "rows", "C", "W", "O"], "i32"),
     **dict.fromkeys(VALUES, "*fp32"),
     **dict.fromkeys(DOUBLES, "*fp64"),
 }
@@ -40,7 +41,8 @@ NUMBERS = {"NUMBERS": edge_layer.NUMBERS}
 def variants() -> list[Variant]:
     double = {**TYPES, **dict.fromkeys(VALUES, "*fp64")}
     norm, weight = edge_layer.norm_kernel, edge_layer.weight_gradient_kernel
-    norm_constants = {**MATRIX, "EPS": 1e-5, "MOMENTUM": 0.1}
+    norm_constants = {**MATRIX, "EPS": 1e-5, "MOMENTUM": 0.1, "p_partial": None}
+    sums_norm = {**norm_constants, "p_moments": None, "p_halves": None}
     no_norm = dict.fromkeys(["p_moments", "p_gamma", "p_beta", "p_running_mean", "p_running_var"])
     not_training = dict.fromkeys(["p_moments", "p_mean_term", "p_slope_term"])
     sums = {**NUMBERS, "HEIGHT": edge_layer.HEIGHT}
@@ -50,7 +52,9 @@ def variants() -> list[Variant]:
         ("norm", norm, norm_constants),
         ("norm-evaluated", norm, {**norm_constants, "p_moments": None}),
         ("norm-none", norm, {**norm_constants, **no_norm}),
+        ("sums_norm-evaluated", norm, sums_norm),
         ("affine", edge_layer.affine_kernel, {**NUMBERS, **SIGNS}),
+        ("pivot", edge_layer.pivot_kernel, {**NUMBERS, "SLOPE": 0.2}),
         ("norm_gradient", edge_layer.norm_gradient_kernel, {**CLOUDS, **SIGNS, "PARTS": edge_layer.PARTS}),
         *(
             (
@@ -60,11 +64,16 @@ def variants() -> list[Variant]:
             )
             for which in range(3)
         ),
-        ("weight_gradient", weight, MATRIX),
-        ("weight_gradient-evaluated", weight, {**MATRIX, **not_training}),
+        ("weight_gradient", weight, {**MATRIX, "PAIRED": True}),
+        ("weight_gradient-single", weight, {**MATRIX, "PAIRED": False}),
+        ("weight_gradient-evaluated", weight, {**MATRIX, "PAIRED": True, **not_training}),
     ]
     found = []
     for name, kernel, constants in listed:
         found.append(Variant(f"layer-{name}", kernel, TYPES, constants))
         found.append(Variant(f"layer-{name}-double", kernel, double, constants))
+    # Of edge_conv2's second layer the centres are float64's.
+    pivots = {**TYPES, "p_centre": "*fp64"}
+    del sums_norm["p_partial"]
+    found.append(Variant("layer-sums_norm", norm, pivots, sums_norm))
     return found

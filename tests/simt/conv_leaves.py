@@ -33,15 +33,53 @@ class ConvLeaves(SimtLeaves):
         sizes = (*gram.shape[:2], gram.shape[3])
         self.run("sum_parts", _double(gram), *sizes, gram, first, moments, filled=(moments,))
 
-    def norm(self, moments, weight, gamma, beta, signs, running_mean, running_var, *rest):
+    def norm(self, moments, *rest):
+        self._norm(moments, None, *rest)
+
+    def sums_norm(
+        self, partial, weight, gamma, beta, signs, mean, var, centre, edges, momentum, eps, *filled
+    ):
+        layer = (weight, gamma, beta, signs, mean, var)
+        self._norm(None, partial, *layer, centre, edges, momentum, eps, None, *filled)
+
+    def _norm(self, moments, partial, weight, gamma, beta, signs, running_mean, running_var, *rest):
         centre, edges, momentum, eps, *filled = rest
         running = (running_mean, running_var)
-        sizes = (len(centre), weight.shape[1] // 2, len(weight))
+        sizes = (*centre.shape, weight.shape[1], len(weight))
+        parts = 0 if partial is None else partial.shape[2]
         self.run(
-            *("norm", _double(weight), *sizes, moments, weight, gamma, beta, int(signs), *running),
-            *(0 if running_mean is None else _double(running_mean), centre, edges, momentum, eps, *filled),
+            *(
+                "norm",
+                _double(weight),
+                *sizes,
+                moments,
+                parts,
+                partial,
+                weight,
+                gamma,
+                beta,
+                int(signs),
+                *running,
+            ),
+            *(0 if running_mean is None else _double(running_mean), centre, _double(centre), edges),
+            *(momentum, eps, *filled),
             given=running,
             filled=(*running, *filled),
+        )
+
+    def pivot(self, gamma, beta, rstd, offset, negative_slope, pivot):
+        is_double = 0 if gamma is None else _double(gamma)
+        self.run(
+            "pivot",
+            is_double,
+            *offset.shape,
+            gamma,
+            beta,
+            rstd,
+            offset,
+            negative_slope,
+            pivot,
+            filled=(pivot,),
         )
 
     def affine(self, gamma, beta, signs, rstd, offset, *filled):
@@ -58,7 +96,8 @@ class ConvLeaves(SimtLeaves):
         )
 
     def input_terms(self, weight, gamma, signs, rstd, mean_term, slope_term, *filled):
-        sizes = (0 if mean_term is None else len(mean_term), weight.shape[1] // 2, len(weight))
+        clouds = 0 if mean_term is None else len(mean_term)
+        sizes = (clouds, filled[0].shape[1], weight.shape[1], len(weight))
         self.run(
             *("input_terms", _double(weight), *sizes, weight, gamma, int(signs), rstd, mean_term, slope_term),
             *filled,
@@ -67,21 +106,10 @@ class ConvLeaves(SimtLeaves):
 
     def weight_gradient(self, sparse, weight, gamma, signs, rstd, centre, edges, *rest):
         mean_term, slope_term, moments, total, grad = rest
-        sizes = (len(centre), weight.shape[1] // 2, len(weight))
+        sizes = (*centre.shape, weight.shape[1], len(weight))
         self.run(
-            *(
-                "weight_gradient",
-                _double(weight),
-                *sizes,
-                sparse,
-                weight,
-                gamma,
-                int(signs),
-                rstd,
-                centre,
-                edges,
-            ),
-            *(mean_term, slope_term, moments, total, grad),
+            *("weight_gradient", _double(weight), *sizes, sparse, weight, gamma, int(signs), rstd, centre),
+            *(_double(centre), edges, mean_term, slope_term, moments, total, grad),
             given=(total,),
             filled=(total, grad),
         )

@@ -13,6 +13,12 @@ int with_type(int64_t is_double, F&& f) {
   return is_double != 0 ? f(double{}) : f(float{});
 }
 
+template <class T>
+EdgeLayer<T> layer_of(int64_t batch, int64_t in_channels, int64_t width, int64_t out_channels, const void* weight,
+                      const void* gamma, int64_t signs) {
+  return {batch, in_channels, width, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs};
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -69,18 +75,30 @@ int sum_parts(int64_t is_double, int64_t batch, int64_t parts, int64_t channels,
   });
 }
 
-int norm(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const double* moments,
-         const void* weight, const void* gamma, const void* beta, int64_t signs, void* running_mean, void* running_var,
-         int64_t running_double, const void* centre, const double* edges, double momentum, double eps, void* halves,
-         double* offset, double* rstd, void* scale, void* shift) {
+int norm(int64_t is_double, int64_t batch, int64_t in_channels, int64_t width, int64_t out_channels, const double* moments,
+         int64_t parts, const double* partial, const void* weight, const void* gamma, const void* beta, int64_t signs,
+         void* running_mean, void* running_var, int64_t running_double, const void* centre, int64_t centre_double,
+         const double* edges, double momentum, double eps, void* halves, double* offset, double* rstd, void* scale,
+         void* shift) {
   return with_type(is_double, [&](auto zero) {
     using T = decltype(zero);
-    return edge_norm(
-        EdgeNormArgs<T>{{batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
-                        moments, edges, static_cast<const T*>(centre), static_cast<const T*>(beta), running_mean, running_var,
-                        running_double, momentum, eps, static_cast<T*>(halves), offset, rstd, static_cast<T*>(scale),
-                        static_cast<T*>(shift)},
-        nullptr);
+    const EdgeLayer<T> layer = layer_of<T>(batch, in_channels, width, out_channels, weight, gamma, signs);
+    const EdgeNorm<T> norm{edges,        centre,         centre_double, static_cast<const T*>(beta),
+                           running_mean, running_var,    running_double, momentum,
+                           eps,          offset,         rstd,          static_cast<T*>(scale),
+                           static_cast<T*>(shift)};
+    if (halves == nullptr) return edge_sums_norm(EdgeSumsNormArgs<T>{layer, parts, partial, norm}, nullptr);
+    return edge_norm(EdgeNormArgs<T>{layer, moments, norm, static_cast<T*>(halves)}, nullptr);
+  });
+}
+
+int pivot(int64_t is_double, int64_t batch, int64_t channels, const void* gamma, const void* beta, const double* rstd,
+          const double* offset, double negative_slope, double* pivot) {
+  return with_type(is_double, [&](auto zero) {
+    using T = decltype(zero);
+    return edge_pivot(EdgePivotArgs<T>{batch, channels, static_cast<const T*>(gamma), static_cast<const T*>(beta), rstd,
+                                       offset, negative_slope, pivot},
+                      nullptr);
   });
 }
 
@@ -106,29 +124,28 @@ int norm_gradient(int64_t is_double, int64_t batch, int64_t parts, int64_t chann
   });
 }
 
-int input_terms(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const void* weight,
-                const void* gamma, int64_t signs, const double* rstd, const double* mean_term, const double* slope_term,
+int input_terms(int64_t is_double, int64_t batch, int64_t in_channels, int64_t width, int64_t out_channels,
+                const void* weight, const void* gamma, int64_t signs, const double* rstd, const double* mean_term, const double* slope_term,
                 void* halves, void* constant, void* square) {
   return with_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     return edge_input_terms(
         EdgeInputTermsArgs<T>{
-            {batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
-            rstd, mean_term, slope_term, static_cast<T*>(halves), static_cast<T*>(constant), static_cast<T*>(square)},
+            layer_of<T>(batch, in_channels, width, out_channels, weight, gamma, signs), rstd, mean_term, slope_term, static_cast<T*>(halves), static_cast<T*>(constant), static_cast<T*>(square)},
         nullptr);
   });
 }
 
-int weight_gradient(int64_t is_double, int64_t batch, int64_t in_channels, int64_t out_channels, const void* sparse,
-                    const void* weight, const void* gamma, int64_t signs, const double* rstd, const void* centre,
-                    const double* edges, const double* mean_term, const double* slope_term, const double* moments,
+int weight_gradient(int64_t is_double, int64_t batch, int64_t in_channels, int64_t width, int64_t out_channels,
+                    const void* sparse, const void* weight, const void* gamma, int64_t signs, const double* rstd,
+                    const void* centre, int64_t centre_double, const double* edges, const double* mean_term, const double* slope_term, const double* moments,
                     double* sum, void* grad) {
   return with_type(is_double, [&](auto zero) {
     using T = decltype(zero);
     return edge_weight_gradient(
         EdgeWeightGradientArgs<T>{
-            {batch, in_channels, out_channels, static_cast<const T*>(weight), static_cast<const T*>(gamma), signs},
-            static_cast<const T*>(sparse), rstd, static_cast<const T*>(centre), edges, mean_term, slope_term, moments, sum,
+            layer_of<T>(batch, in_channels, width, out_channels, weight, gamma, signs), static_cast<const T*>(sparse),
+            rstd, centre, centre_double, edges, mean_term, slope_term, moments, sum,
             static_cast<T*>(grad)},
         nullptr);
   });

@@ -76,6 +76,10 @@ LEAVES = {
         "Tensor q, Tensor start, Tensor edges, Tensor(a!) runs) -> ()",
         "add_runs(Tensor runs, Tensor start, int k, Tensor(a!) routed) -> ()",
         f"edge_products({_TILES}, Tensor g, Tensor slot, float negative_slope, int product, Tensor(a!) out) -> ()",
+        "pivot(Tensor? gamma, Tensor? beta, Tensor rstd, Tensor offset, float negative_slope, Tensor(a!) pivot) -> ()",
+        "sums_norm(Tensor? partial, Tensor weight, Tensor? gamma, Tensor? beta, bool signs, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, Tensor centre, Tensor edges, float momentum, float eps, Tensor(c!) offset, "
+        "Tensor(d!) rstd, Tensor(e!) scale, Tensor(f!) shift) -> ()",
     ),
 }
 # operator -> the one whose leaves it calls beside its own

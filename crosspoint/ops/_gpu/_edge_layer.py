@@ -1,9 +1,9 @@
-"""A linear layer with batch norm on edges, in input space: what edge_conv and edge_conv2's first layer share (their
-graph, sums and parameters), and the algebra of edge_conv2's; edge_conv's is the leaves of csrc/cuda/edge_layer.cu.
+"""A linear layer with batch norm on edges, in input space: what the layers of edge_conv and edge_conv2 share. Matrices
+of a few channels are for the leaves of csrc/cuda/edge_layer.cu and kernels/edge_layer.py; products over nodes go
+through torch.
 
 Clouds are centred one by one: with x_j = t + x'_j an edge carries h = U_j + V_i + B t, and [U | V] = x' [A | D]^T,
-D = B - A. `weight` stands for [A | D], (C_out, 2 C_in) float64. `constant` and `offset`,
-(B, C_out) float64, turn U_j + V_i into h and into h - mean.
+D = B - A.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import Tensor
 from crosspoint.ops._gpu._products import add_product, product
 
 __all__ = [
+    "EdgeNorm",
     "Graph",
+    "Layer",
+    "NormGradients",
     "affine",
     "edge_moments",
+    "edges_of",
     "input_gradients",
     "norm_gradients",
     "norm_of_edges",
-    "parameters",
+    "norm_outputs",
     "running_statistics",
-    "sign_of",
-    "split_weight",
-    "statistics_of",
 ]
 
 # Nodes of a cloud that one block of threads sums.
@@ -53,9 +54,30 @@ class Graph(NamedTuple):
         return cls(idx, degrees, start, edges)
 
 
-def parameters(dtype: torch.dtype, *given: Tensor | None) -> list[Tensor | None]:
-    """In the dtype that is computed in, contiguous."""
-    return [None if t is None else t.to(dtype).contiguous() for t in given]
+class Layer(NamedTuple):
+    """A layer's parameters, contiguous, in the dtype that is computed in. `signs`: h times the sign of gamma, so that
+    every maximum is a maximum."""
+
+    weight: Tensor  # (C_out, 2 C_in) for [x_j - x_i, x_i], or (C_out, C_in)
+    gamma: Tensor | None  # (C_out)
+    beta: Tensor | None
+    signs: bool
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, signs: bool
+    ) -> Layer:
+        given = (None if t is None else t.to(dtype).contiguous() for t in (weight, gamma, beta))
+        return cls(*given, signs)
+
+
+class EdgeNorm(NamedTuple):
+    """The norm of a layer on edges: with h' = h less that of the cloud's centre, z = scale h' + shift."""
+
+    offset: Tensor  # (B, C_out) float64: turns h' into h - mean
+    rstd: Tensor  # (C_out) float64
+    scale: Tensor  # (C_out)
+    shift: Tensor  # (B, C_out)
 
 
 @contextmanager
@@ -75,21 +97,20 @@ def running_statistics(
             own.copy_(values)
 
 
-def sign_of(gamma: Tensor | None) -> Tensor | float:
-    """-1 where gamma is negative, else 1."""
-    return 1.0 if gamma is None else torch.where(gamma < 0, -1.0, 1.0).double()
+def norm_outputs(like: Tensor, batch: int, channels: int) -> EdgeNorm:
+    """To be filled by a leaf."""
+    double = {"dtype": torch.float64}
+    return EdgeNorm(
+        like.new_empty((batch, channels), **double),
+        like.new_empty(channels, **double),
+        like.new_empty(channels),
+        like.new_empty((batch, channels)),
+    )
 
 
-def split_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """[A | D] and B, in float64."""
-    neighbour, own = weight.double().chunk(2, 1)
-    return torch.cat([neighbour, own - neighbour], 1), own
-
-
-def affine(gamma: Tensor | None, beta: Tensor | None, rstd: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """scale (C_out) and shift (B, C_out) that make z of a centred h."""
-    scale = rstd if gamma is None else gamma.double() * rstd
-    return scale, scale * offset if beta is None else torch.addcmul(beta.double(), scale, offset)
+def edges_of(degrees: Tensor) -> Tensor:
+    """(B) float64: of each cloud."""
+    return degrees[0].sum(1, dtype=torch.float64)
 
 
 def edge_moments(leaves: ModuleType, centred: Tensor, sums: Tensor, degrees: Tensor) -> Tensor:
@@ -105,142 +126,113 @@ def edge_moments(leaves: ModuleType, centred: Tensor, sums: Tensor, degrees: Ten
     return moments
 
 
-def statistics_of(
-    moments: Tensor, weight: Tensor, constant: Tensor, degrees: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of h over all edges, (C_out), and the number of edges. Scatter within clouds and scatter
-    between their means are sums of squares both: no large offset enters a difference."""
-    channels = weight.shape[1]
-    gram, first = moments[:channels], moments[channels:]
-    edges = edges_of(degrees)
-    count = edges.sum()
-    centre = first / edges.clamp_min(1)  # (B, 2 C): the mean edge of each cloud
-    means = torch.addmm(constant, centre, weight.t())  # (B, C_out), of h
-    mean = (edges * means).sum(0) / count.clamp_min(1)
-    within = ((weight @ (gram - centre.t() @ first)) * weight).sum(1).clamp_min(0)
-    between = (edges * (means - mean).square()).sum(0)
-    return mean, (within + between) / count.clamp_min(1), count
-
-
-def edges_of(degrees: Tensor) -> Tensor:
-    """(B, 1) float64: of each cloud."""
-    return degrees[0].sum(1, dtype=torch.float64)[:, None]
-
-
 def norm_of_edges(
-    constant: Tensor,
-    statistics: tuple[Tensor, Tensor, Tensor] | None,
-    gamma: Tensor | None,
+    leaves: ModuleType,
+    x: Tensor,
+    idx: Tensor,
+    layer: Layer,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    sign: Tensor | float,
+    training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """offset (B, C_out) and rstd (C_out), float64, of a layer whose h is `sign` times PyTorch's.
+    degrees: Tensor,
+    centre: Tensor,
+    edges: Tensor,
+) -> tuple[Tensor, Tensor, EdgeNorm, Tensor | None, Tensor | None]:
+    """x centred, [A | D]'s halves above one another (2 C_out, C_in), the norm, and where the batch makes the
+    statistics, each node's sum of its neighbours and the moments. `centre` (B, C_in) is filled."""
+    (batch, _, c_in), c_out = x.shape, layer.weight.shape[0]
+    leaves.centre(x, degrees, centre)
+    centred = torch.empty_like(x)
+    leaves.subtract(x, centre, degrees, centred)
+    sums = moments = None
+    if training:
+        sums = torch.empty_like(x)
+        leaves.neighbor_sum(centred, idx, sums)
+        moments = edge_moments(leaves, centred, sums, degrees)
+    halves, norm = x.new_empty((2 * c_out, c_in)), norm_outputs(x, batch, c_out)
+    with running_statistics(layer.gamma, running_mean, running_var) as running:
+        leaves.norm(moments, *layer, *running, centre, edges, momentum, eps, halves, *norm)
+    return centred, halves, norm, sums, moments
 
-    statistics: mean, variance and number of edges of this batch, which update the running ones; None: those decide, or
-    without gamma there is no norm.
-    """
-    if statistics is not None:
-        mean, var, edges = statistics
-        if running_mean is not None and running_var is not None:
-            _update(running_mean, sign * mean, momentum, edges)
-            _update(running_var, var * (edges / (edges - 1).clamp_min(1)), momentum, edges)
-        return constant - mean, torch.rsqrt(var + eps)
-    if gamma is not None:
-        return constant - sign * running_mean.double(), torch.rsqrt(running_var.double() + eps)
-    return constant, constant.new_ones(constant.shape[1])
 
-
-def _update(running: Tensor, value: Tensor, momentum: float, edges: Tensor) -> None:
-    """As `nn.BatchNorm2d` does; an empty batch leaves it alone."""
-    before = running.double()
-    running.copy_(torch.where(edges > 0, torch.lerp(before, value, momentum), before))
+def affine(leaves: ModuleType, layer: Layer, offset: Tensor, rstd: Tensor) -> EdgeNorm:
+    """The norm again, from what was kept of it."""
+    scale, shift = layer.weight.new_empty(rstd.shape), layer.weight.new_empty(offset.shape)
+    leaves.affine(layer.gamma, layer.beta, layer.signs, rstd, offset, scale, shift)
+    return EdgeNorm(offset, rstd, scale, shift)
 
 
 class NormGradients(NamedTuple):
-    """Of z's gradient dz over the edges, with h centred: its sums, those of the affine parameters, and what the batch's
-    statistics take from every edge: scale (mean_term + slope_term h), None where they are not the batch's."""
+    """Of z's gradient dz over the edges: its sums, those of the affine parameters, and what the batch's statistics take
+    from every edge: scale (mean_term + slope_term h'), None where they are not the batch's."""
 
-    sum: Tensor  # (B, C_out): of dz
-    gamma: Tensor  # (C_out)
-    beta: Tensor  # (C_out)
-    mean_term: Tensor | None  # (B, C_out)
-    slope_term: Tensor | None  # (C_out)
+    sum: Tensor  # (B, C_out) float64: of dz
+    gamma: Tensor  # (C_out), or empty
+    beta: Tensor
+    mean_term: Tensor | None  # (B, C_out) float64
+    slope_term: Tensor | None  # (C_out) float64
 
 
 def norm_gradients(
-    sum_dz: Tensor, sum_dz_h: Tensor, offset: Tensor, rstd: Tensor, degrees: Tensor, training: bool
+    leaves: ModuleType, partial: Tensor, layer: Layer, norm: EdgeNorm, edges: Tensor, training: bool
 ) -> NormGradients:
-    """From the sums of dz and of dz h over the edges of each cloud, (B, C_out) float64."""
-    beta = sum_dz.sum(0)
-    gamma = torch.addcmul(sum_dz_h, offset, sum_dz).sum(0) * rstd
-    if not training:
-        return NormGradients(sum_dz, gamma, beta, None, None)
-    count = edges_of(degrees).sum().clamp_min(1)
-    slope_term = gamma * rstd / count
-    return NormGradients(sum_dz, gamma, beta, torch.addcmul(beta / count, slope_term, offset), slope_term)
+    """From partial (2, B, parts, C_out) float64: sums of dz, and of dz h', over the edges of parts of each cloud."""
+    affine = (layer.weight.new_empty(0 if layer.gamma is None else len(norm.rstd)) for _ in range(2))
+    terms = torch.empty_like(norm.offset), torch.empty_like(norm.rstd)
+    found = NormGradients(torch.empty_like(norm.offset), *affine, *terms)
+    gradients = (found.gamma, found.beta, found.sum, *terms)
+    leaves.norm_gradient(partial, layer.gamma, layer.signs, norm.offset, norm.rstd, edges, *gradients)
+    return found if training else found._replace(mean_term=None, slope_term=None)
 
 
 def input_gradients(
     leaves: ModuleType,
     routed: Tensor,
-    x: Tensor,
+    centred: Tensor,
     centre: Tensor,
     graph: Graph,
-    weight: Tensor,
-    scale: Tensor,
-    norm: NormGradients,
+    edges: Tensor,
+    layer: Layer,
+    norm: EdgeNorm,
+    gradients: NormGradients,
     sums: Tensor | None,
     moments: Tensor | None,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (B, N, C_in) and of `weight`'s [A, B] (C_out, 2 C_in), in the dtype of x; empty if not needed.
+    """Gradients of x (B, N, C_in) and of the weight (C_out, 2 C_in); empty if not needed.
 
     routed (B, N, 2 C_out): dz summed over the edges that lead to each node, and over its own. The gradient of h on an
-    edge is scale (dz - mean_term - slope_term h); the dense terms go through sums over nodes, `sums` and `moments`
-    (see `edge_moments`), needed where the batch made the statistics.
+    edge is scale (dz - mean_term - slope_term h'); the dense terms go through sums over nodes, `sums` and `moments`
+    (see `norm_of_edges`).
     """
-    (batch, n, k), (c_out, c_in) = graph.idx.shape, (weight.shape[0], x.shape[2])
-    centred = torch.empty_like(x)
-    leaves.subtract(x, centre, graph.degrees, centred)
-    scaled = scale[:, None] * weight
-    training = norm.mean_term is not None
-    grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
+    (batch, n, c_in), c_out = centred.shape, layer.weight.shape[0]
+    routed, terms = routed.view(-1, 2 * c_out), (gradients.mean_term, gradients.slope_term)
+    training = gradients.mean_term is not None
+    grad_x, grad_weight = centred.new_empty(0), centred.new_empty(0)
     if need_x:
-        halves = torch.cat([scaled[:, :c_in], scaled[:, c_in:]]).to(x.dtype)  # (2 C_out, C_in)
-        grad_x = product(routed.view(-1, 2 * c_out), halves, c_in)  # (B N, C_in)
+        halves, constant, square = centred.new_empty((2 * c_out, c_in)), None, None
         if training:
-            dense = x.new_empty((batch, n, 4 * c_in))  # d_j x_j, their neighbours' sum, P_i, k_i x_i
-            constant = (norm.mean_term @ scaled).to(x.dtype)  # (B, 2 C_in): of each edge, from x_j and x_i
+            constant, square = centred.new_empty((batch, 2 * c_in)), centred.new_empty((4 * c_in, c_in))
+        leaves.input_terms(
+            layer.weight, layer.gamma, layer.signs, norm.rstd, *terms, halves, constant, square
+        )
+        grad_x = product(routed, halves, c_in)  # (B N, C_in)
+        if training:
+            dense = centred.new_empty((batch, n, 4 * c_in))  # d_j x_j, their neighbours' sum, P_i, k_i x_i
+            k = graph.idx.shape[2]
             leaves.dense_gradient(
                 centred, sums, graph.degrees, graph.start, graph.edges, k, constant, dense, grad_x
             )
-            square = -(weight.t() @ (norm.slope_term[:, None] * scaled))  # (2 C_in, 2 C_in)
-            square = torch.cat([square[:, :c_in], square[:, c_in:]]).to(x.dtype)
             add_product(grad_x, dense.view(-1, 4 * c_in), square, c_in)
         grad_x = grad_x.view(batch, n, c_in)
     if need_weight:
-        sparse = product(
-            routed.view(-1, 2 * c_out).t(), centred.view(-1, c_in), c_in
-        ).double()  # (2 C_out, C_in)
-        both = scale[:, None] * torch.cat([sparse[:c_out], sparse[c_out:]], 1)  # (C_out, 2 C_in)
-        edge_sum = norm.sum  # (B, C_out): over the edges of each cloud, of the gradient of h over scale
-        centre = centre.double()
-        if training:
-            gram, first = moments[: 2 * c_in], moments[2 * c_in :]
-            both = both - scale[:, None] * (
-                norm.mean_term.t() @ first + norm.slope_term[:, None] * (weight @ gram)
-            )
-            edge_sum = (
-                norm.sum - edges_of(graph.degrees) * norm.mean_term - norm.slope_term * (first @ weight.t())
-            )
-            # Over all clouds they add up to 0, so what the centres share may go before it is rounded.
-            centre = centre - centre.mean(0)
-        neighbour, own = both.chunk(2, 1)
-        neighbour = neighbour - own
-        own = torch.addmm(own, (scale * edge_sum).t(), centre)
-        grad_weight = torch.cat([neighbour, own], 1)
+        sparse = product(routed.t(), centred.view(-1, c_in), c_in)  # (2 C_out, C_in)
+        grad_weight = torch.empty_like(layer.weight)
+        leaves.weight_gradient(
+            *(sparse, layer.weight, layer.gamma, layer.signs, norm.rstd, centre, edges, *terms, moments),
+            *(gradients.sum, grad_weight),
+        )
     return grad_x, grad_weight

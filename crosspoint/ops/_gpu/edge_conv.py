@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from crosspoint.ops._checks import check_graph, compute_dtype
-from crosspoint.ops._gpu._edge_layer import Graph, edge_moments, edges_of, parameters, running_statistics
-from crosspoint.ops._gpu._products import add_product, product
+from crosspoint.ops._gpu._edge_layer import (
+    Graph,
+    Layer,
+    affine,
+    edges_of,
+    input_gradients,
+    norm_gradients,
+    norm_of_edges,
+)
+from crosspoint.ops._gpu._products import product
 
 __all__ = ["backward", "forward"]
 
@@ -55,32 +63,19 @@ def forward(
         # As autocast leaves them. A layer that is bfloat16 throughout is widened.
         rounded = given == torch.bfloat16 and weight.dtype == torch.float32
         x, idx = x.to(dtype).contiguous(), idx.contiguous()
-        weight, gamma, beta = parameters(dtype, weight, gamma, beta)
+        layer = Layer.of(dtype, weight, gamma, beta, signs=True)
         leaves.degrees(idx, degrees)
-        leaves.centre(x, degrees, centre)
-        centred = torch.empty_like(x)
-        leaves.subtract(x, centre, degrees, centred)
-        sums, moments = x.new_empty(0), None
-        if training:
-            sums = torch.empty_like(x)
-            leaves.neighbor_sum(centred, idx, sums)
-            moments = edge_moments(leaves, centred, sums, degrees)
-        halves = x.new_empty((2 * c_out, c_in))
-        offset = x.new_empty((batch, c_out), dtype=torch.float64)
-        rstd = x.new_empty(c_out, dtype=torch.float64)
-        scale, shift = x.new_empty(c_out), x.new_empty((batch, c_out))
-        with running_statistics(gamma, running_mean, running_var) as running:
-            leaves.norm(
-                *(moments, weight, gamma, beta, True, *running, centre, edges_of(degrees), momentum, eps),
-                *(halves, offset, rstd, scale, shift),
-            )
+        centred, halves, norm, sums, moments = norm_of_edges(
+            *(leaves, x, idx, layer, running_mean, running_var, training, momentum, eps),
+            *(degrees, centre, edges_of(degrees)),
+        )
         products = product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)  # (B N, 2 C_out)
         kept = (winner, slot) if backward else (None, None)
-        leaves.gather_max(products, idx, gamma, scale, shift, negative_slope, out, *kept)
+        leaves.gather_max(products, idx, layer.gamma, norm.scale, norm.shift, negative_slope, out, *kept)
         if moments is None or not backward:
             sums, moments = x.new_empty(0), x.new_empty(0, dtype=torch.float64)
         in_sum = x.new_empty(0)
-        return out.to(given), winner, slot, sums, in_sum, degrees, centre, offset, rstd, moments
+        return out.to(given), winner, slot, sums, in_sum, degrees, centre, norm.offset, norm.rstd, moments
 
 
 def _nothing(
@@ -140,50 +135,23 @@ def backward(
             return torch.zeros_like(x) if need_x else x.new_empty(0), grad_weight, *zeros
 
         x, idx = x.to(dtype).contiguous(), idx.contiguous()
-        weight, gamma, beta = parameters(dtype, weight, gamma, beta)
-        edges = edges_of(degrees)
-        scale, shift = x.new_empty(c_out), x.new_empty((batch, c_out))
-        leaves.affine(gamma, beta, True, rstd, offset, scale, shift)
+        layer, edges = Layer.of(dtype, weight, gamma, beta, signs=True), edges_of(degrees)
+        norm = affine(leaves, layer, offset, rstd)
         routed = x.new_empty((batch, n, 2 * c_out))  # scale times it: dU and dV, but for the dense terms
         partial = x.new_empty((2, batch, -(-n // _GRADIENT_PART), c_out), dtype=torch.float64)
         leaves.winner_gradient(
-            *(grad.to(dtype).contiguous(), winner, degrees, scale, shift, negative_slope, routed, partial)
+            *(grad.to(dtype).contiguous(), winner, degrees, norm.scale, norm.shift, negative_slope),
+            *(routed, partial),
         )
-        grad_gamma, grad_beta = (x.new_empty(0 if gamma is None else c_out) for _ in range(2))
-        sum_g, mean_term = torch.empty_like(offset), torch.empty_like(offset)
-        slope_term = torch.empty_like(rstd)
-        leaves.norm_gradient(
-            *(partial, gamma, True, offset, rstd, edges, grad_gamma, grad_beta, sum_g, mean_term, slope_term)
-        )
-        if not (need_x or need_weight):
-            return x.new_empty(0, dtype=given), x.new_empty(0), grad_gamma, grad_beta
-
-        graph = Graph.turned(leaves, idx, degrees)
-        leaves.route(slot, graph.start, graph.edges, k, routed)
-        centred = torch.empty_like(x)
-        leaves.subtract(x, centre, degrees, centred)
-        routed = routed.view(-1, 2 * c_out)
-        if not training:
-            mean_term = slope_term = moments = None
+        gradients = norm_gradients(leaves, partial, layer, norm, edges, training)
         grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
-        if need_x:
-            halves, constant, square = x.new_empty((2 * c_out, c_in)), None, None
-            if training:
-                constant, square = x.new_empty((batch, 2 * c_in)), x.new_empty((4 * c_in, c_in))
-            leaves.input_terms(weight, gamma, True, rstd, mean_term, slope_term, halves, constant, square)
-            grad_x = product(routed, halves, c_in)  # (B N, C_in)
-            if training:
-                dense = x.new_empty((batch, n, 4 * c_in))  # d_j x_j, their neighbours' sum, P_i, k_i x_i
-                leaves.dense_gradient(
-                    *(centred, out_sum, degrees, graph.start, graph.edges, k, constant, dense, grad_x)
-                )
-                add_product(grad_x, dense.view(-1, 4 * c_in), square, c_in)
-            grad_x = grad_x.view(batch, n, c_in)
-        if need_weight:
-            sparse = product(routed.t(), centred.view(-1, c_in), c_in)  # (2 C_out, C_in)
-            grad_weight = x.new_empty((c_out, 2 * c_in))
-            leaves.weight_gradient(
-                *(sparse, weight, gamma, True, rstd, centre, edges, mean_term, slope_term, moments),
-                *(sum_g, grad_weight),
+        if need_x or need_weight:
+            graph = Graph.turned(leaves, idx, degrees)
+            leaves.route(slot, graph.start, graph.edges, k, routed)
+            centred = torch.empty_like(x)
+            leaves.subtract(x, centre, degrees, centred)
+            grad_x, grad_weight = input_gradients(
+                *(leaves, routed, centred, centre, graph, edges, layer, norm, gradients),
+                *(out_sum, moments if training else None, need_x, need_weight),
             )
-        return grad_x.to(given), grad_weight, grad_gamma, grad_beta
+        return grad_x.to(given), grad_weight, gradients.gamma, gradients.beta

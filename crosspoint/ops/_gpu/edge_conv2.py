@@ -14,16 +14,17 @@ from torch import Tensor
 
 from crosspoint.ops._checks import check_graph, compute_dtype
 from crosspoint.ops._gpu._edge_layer import (
+    EdgeNorm,
     Graph,
+    Layer,
     affine,
     edge_moments,
     edges_of,
     input_gradients,
     norm_gradients,
     norm_of_edges,
-    sign_of,
-    split_weight,
-    statistics_of,
+    norm_outputs,
+    running_statistics,
 )
 from crosspoint.ops._gpu._products import product, product_of_tiles
 
@@ -84,49 +85,31 @@ def forward(
         check_graph("edge_conv2", idx, n)
 
         x, idx = x.to(dtype).contiguous(), idx.contiguous()
+        layer1, layer2 = _layers(dtype, weight1, gamma1, beta1, weight2, gamma2, beta2)
         leaves.degrees(idx, degrees)
-        leaves.centre(x, degrees, centre)
-        centred = torch.empty_like(x)
-        leaves.subtract(x, centre, degrees, centred)
-        split, own = split_weight(weight1)
-        constant = centre.double() @ own.t()
-        statistics = None
-        if training:
-            sums = torch.empty_like(x)
-            leaves.neighbor_sum(centred, idx, sums)
-            moments = edge_moments(leaves, centred, sums, degrees)
-            statistics = statistics_of(moments, split, constant, degrees)
-        offset1, rstd1 = norm_of_edges(
-            constant, statistics, gamma1, running_mean1, running_var1, 1.0, momentum, eps
+        edges = edges_of(degrees)
+        centred, halves, norm1, _, _ = norm_of_edges(
+            *(leaves, x, idx, layer1, running_mean1, running_var1, training, momentum, eps),
+            *(degrees, centre, edges),
         )
-        gain, shift = affine(gamma1, beta1, rstd1, offset1)
-
         rounded = _rounded(given, weight1)
-        nodes = _node_maps(centred, split, rounded)
-        sign = sign_of(gamma2)
-        signed = _signed(weight2, sign)
+        nodes = product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)  # U beside V
         partial = x.new_empty((2, batch, -(-n // _NODES) if training else 0, c_out), dtype=torch.float64)
         leaves.edge_max(
-            nodes,
-            idx,
-            gain.to(dtype),
-            shift.to(dtype),
-            signed.to(dtype),
-            None if gamma2 is None else gamma2.to(dtype).contiguous(),
-            negative_slope,
-            product_of_tiles(dtype, rounded),
-            winner,
-            slot if backward else None,
-            partial,
+            *(nodes, idx, norm1.scale, norm1.shift, layer2.weight, layer2.gamma, negative_slope),
+            *(product_of_tiles(dtype, rounded), winner, slot if backward else None, partial),
         )
-        constant = _leaky(shift, negative_slope) @ signed.t()  # (B, C_out), h2 of the pivot
-        statistics = _statistics(*partial.sum(2), constant, degrees) if training else None
-        offset2, rstd2 = norm_of_edges(
-            constant, statistics, gamma2, running_mean2, running_var2, sign, momentum, eps
-        )
-        scale, shift = affine(None if gamma2 is None else gamma2.abs(), beta2, rstd2, offset2)
-        leaves.activate(winner, degrees, scale.to(dtype), shift.to(dtype), negative_slope, out)
-        return out.to(given), kept, slot, degrees, centre, offset1, rstd1, offset2, rstd2
+        pivot, norm2 = _pivot(leaves, layer1, norm1, negative_slope), norm_outputs(x, batch, c_out)
+        with running_statistics(gamma2, running_mean2, running_var2) as running:
+            sums = partial if training else None
+            leaves.sums_norm(sums, *layer2, *running, pivot, edges, momentum, eps, *norm2)
+        leaves.activate(winner, degrees, norm2.scale, norm2.shift, negative_slope, out)
+        kept1, kept2 = norm1[:2], norm2[:2]
+        return out.to(given), kept, slot, degrees, centre, *kept1, *kept2
+
+
+def _layers(dtype: torch.dtype, *given: Tensor | None) -> tuple[Layer, Layer]:
+    return Layer.of(dtype, *given[:3], signs=False), Layer.of(dtype, *given[3:], signs=True)
 
 
 def _rounded(given: torch.dtype, weight: Tensor) -> bool:
@@ -134,33 +117,11 @@ def _rounded(given: torch.dtype, weight: Tensor) -> bool:
     return given == torch.bfloat16 and weight.dtype == torch.float32
 
 
-def _node_maps(centred: Tensor, split: Tensor, rounded: bool) -> Tensor:
-    """U beside V, (B N, 2 C_mid)."""
-    c_in = centred.shape[2]
-    halves = torch.cat([split[:, :c_in], split[:, c_in:]]).to(centred.dtype)  # (2 C_mid, C_in)
-    return product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)
-
-
-def _signed(weight: Tensor, sign: Tensor | float) -> Tensor:
-    return weight.double() * sign[:, None] if isinstance(sign, Tensor) else weight.double()
-
-
-def _leaky(z: Tensor, slope: float) -> Tensor:
-    return torch.where(z > 0, z, z * slope)
-
-
-def _statistics(
-    sums: Tensor, squares: Tensor, constant: Tensor, degrees: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of h2 over all edges and their number, from sums of h2 - constant over those of each cloud."""
-    edges = edges_of(degrees)
-    count = edges.sum()
-    own = sums / edges.clamp_min(1)
-    means = own + constant
-    mean = (edges * means).sum(0) / count.clamp_min(1)
-    within = (squares - own * sums).clamp_min(0).sum(0)
-    between = (edges * (means - mean).square()).sum(0)
-    return mean, (within + between) / count.clamp_min(1), count
+def _pivot(leaves: ModuleType, layer: Layer, norm: EdgeNorm, negative_slope: float) -> Tensor:
+    """Of each cloud, (B, C_mid) float64."""
+    pivot = torch.empty_like(norm.offset)
+    leaves.pivot(layer.gamma, layer.beta, norm.rstd, norm.offset, negative_slope, pivot)
+    return pivot
 
 
 def backward(
@@ -204,52 +165,44 @@ def backward(
             grad_x = torch.zeros_like(x) if need_x else x.new_empty(0)
             return grad_x, *(x.new_zeros(shape, dtype=dtype) for shape in shapes)
 
-        x, idx = x.to(dtype).contiguous(), idx.contiguous()
-        scale2, shift2 = affine(None if gamma2 is None else gamma2.abs(), beta2, rstd2, offset2)
+        x, idx, edges = x.to(dtype).contiguous(), idx.contiguous(), edges_of(degrees)
+        layer1, layer2 = _layers(dtype, weight1, gamma1, beta1, weight2, gamma2, beta2)
+        norm1, norm2 = affine(leaves, layer1, offset1, rstd1), affine(leaves, layer2, offset2, rstd2)
         g = torch.empty_like(winner)
         partial = x.new_empty((2, batch, -(-n // _GRADIENT_PART), c_out), dtype=torch.float64)
         leaves.winner_gradient(
-            grad.to(dtype).contiguous(),
-            winner,
-            degrees,
-            scale2.to(dtype),
-            shift2.to(dtype),
-            negative_slope,
-            g,
-            partial,
+            *(grad.to(dtype).contiguous(), winner, degrees, norm2.scale, norm2.shift, negative_slope),
+            *(g, partial),
         )
-        norm2 = norm_gradients(*partial.sum(2), offset2, rstd2, degrees, training)
-        sign = sign_of(gamma2)
-        signed = _signed(weight2, sign)
-        scaled = scale2[:, None] * signed
-        q, rows = torch.zeros_like(offset1), [scaled]
-        if training:
-            q = norm2.mean_term @ scaled
-            rows.append(-(signed.t() @ (norm2.slope_term[:, None] * scaled)))  # -Q, symmetric
+        gradients2 = norm_gradients(leaves, partial, layer2, norm2, edges, training)
+        terms2 = (gradients2.mean_term, gradients2.slope_term)
+        rows = x.new_empty((c_out + c_mid * training, c_mid))  # scale2 weight2; in training, -Q below it
+        q, square = (x.new_empty((batch, c_mid)), rows[c_out:]) if training else (None, None)
+        leaves.input_terms(
+            layer2.weight, layer2.gamma, layer2.signs, norm2.rstd, *terms2, rows[:c_out], q, square
+        )
+        q = x.new_zeros((batch, c_mid)) if q is None else q
 
         rounded = _rounded(given, weight1)
         centred = torch.empty_like(x)
         leaves.subtract(x, centre, degrees, centred)
-        split, _ = split_weight(weight1)
-        nodes = _node_maps(centred, split, rounded)
-        gain, shift = affine(gamma1, beta1, rstd1, offset1)
+        neighbour, own = layer1.weight.chunk(2, 1)
+        halves = torch.cat([neighbour, own - neighbour])  # (2 C_mid, C_in)
+        nodes = product(centred.view(-1, c_in), halves.t(), c_in, rounded=rounded)
         tiles = (
             nodes,
             idx,
-            gain.to(dtype),
-            shift.to(dtype),
+            norm1.scale,
+            norm1.shift,
             g,
             slot,
             negative_slope,
             product_of_tiles(dtype, rounded),
         )
-        rows = torch.cat(rows).to(dtype)  # (C_out, or C_out + C_mid, C_mid)
-        q = q.to(dtype)
         routed = x.new_empty((batch, n, 2 * c_mid))
         partial = x.new_empty((3, batch, -(-n // _NODES), c_mid), dtype=torch.float64)
         leaves.own_gradient(*tiles, rows, q, routed, partial)
-        sum_dz, sum_dz_h, sum_a = partial.sum(2)
-        norm1 = norm_gradients(sum_dz, sum_dz_h, offset1, rstd1, degrees, training)
+        gradients1 = norm_gradients(leaves, partial[:2], layer1, norm1, edges, training)
 
         grad_x, grad_weight1 = x.new_empty(0), x.new_empty(0)
         if need_x or need_weight1:
@@ -264,37 +217,37 @@ def backward(
                 leaves.neighbor_sum(centred, idx, sums)
                 moments = edge_moments(leaves, centred, sums, degrees) if need_weight1 else None
             grad_x, grad_weight1 = input_gradients(
-                leaves, routed, x, centre, graph, split, gain, norm1, sums, moments, need_x, need_weight1
+                *(leaves, routed, centred, centre, graph, edges, layer1, norm1, gradients1),
+                *(sums, moments, need_x, need_weight1),
             )
         grad_weight2 = x.new_empty(0)
         if need_weight2:
             products = x.new_empty((batch, -(-n // _PRODUCTS_PART), len(rows), c_mid))
             leaves.edge_products(*tiles, products)
-            products = products.sum((0, 1), dtype=torch.float64)  # g a^T at the winners; a a^T over all edges
-            pivot = _leaky(shift, negative_slope)
-            grad_weight2 = products[:c_out]
-            edge_sum = (
-                norm2.sum
-            )  # (B, C_out): over the edges of each cloud, of the gradient of h2 over scale2
-            if training:
-                gram = products[c_out:]
-                grad_weight2 = (
-                    grad_weight2 - norm2.mean_term.t() @ sum_a - norm2.slope_term[:, None] * (signed @ gram)
-                )
-                edge_sum = (
-                    edge_sum - edges_of(degrees) * norm2.mean_term - norm2.slope_term * (sum_a @ signed.t())
-                )
-                pivot = pivot - pivot.mean(0)  # over all clouds they add up to 0
-            grad_weight2 = _signed(scale2[:, None] * (grad_weight2 + edge_sum.t() @ pivot), sign).to(dtype)
-
-        affine_gradients = []
-        for norm, s in ((norm1, 1.0), (norm2, sign)):
-            gradients = (s * norm.gamma, norm.beta)
-            affine_gradients.append([t.to(dtype) if normed else x.new_empty(0) for t in gradients])
+            sparse = products[:, :, :c_out].sum((0, 1), dtype=torch.float64).to(dtype)  # g a^T at the winners
+            moments = None
+            if training:  # sums of a a^T over all edges, of a over each cloud's
+                moments = x.new_empty((c_mid + batch, c_mid), dtype=torch.float64)
+                torch.sum(products[:, :, c_out:], (0, 1), dtype=torch.float64, out=moments[:c_mid])
+                torch.sum(partial[2], 1, out=moments[c_mid:])
+            grad_weight2 = torch.empty_like(layer2.weight)
+            pivot = _pivot(leaves, layer1, norm1, negative_slope)
+            leaves.weight_gradient(
+                *(
+                    sparse,
+                    layer2.weight,
+                    layer2.gamma,
+                    layer2.signs,
+                    norm2.rstd,
+                    pivot,
+                    edges,
+                    *terms2,
+                    moments,
+                ),
+                *(gradients2.sum, grad_weight2),
+            )
         return (
             grad_x.to(given),
-            grad_weight1.to(dtype),
-            *affine_gradients[0],
-            grad_weight2,
-            *affine_gradients[1],
+            *(grad_weight1, gradients1.gamma, gradients1.beta),
+            *(grad_weight2, gradients2.gamma, gradients2.beta),
         )

@@ -1,4 +1,4 @@
-// The leaves of edge_conv that are the algebra of its layer, on CUDA tensors: see edge_conv.cpp.
+// The leaves of edge_conv and edge_conv2 that are the algebra of their layers, on CUDA tensors: see edge_conv.cpp.
 #include "crosspoint/cuda/edge_layer.h"
 
 #include "common.h"
@@ -14,8 +14,30 @@ T* optional_mutable_data(Optional& x) {
 }
 
 template <class T>
-cuda::EdgeLayer<T> layer_of(int64_t batch, const Tensor& weight, const Optional& gamma, bool signs) {
-  return {batch, weight.size(1) / 2, weight.size(0), data<T>(weight), optional_data<T>(gamma), signs};
+cuda::EdgeLayer<T> layer_of(int64_t batch, int64_t channels, const Tensor& weight, const Optional& gamma, bool signs) {
+  return {batch, channels, weight.size(1), weight.size(0), data<T>(weight), optional_data<T>(gamma), signs};
+}
+
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+template <class T>
+cuda::EdgeNorm<T> norm_of(const Tensor& edges, const Tensor& centre, const Optional& beta, Optional& running_mean,
+                          Optional& running_var, double momentum, double eps, Tensor& offset, Tensor& rstd, Tensor& scale,
+                          Tensor& shift) {
+  const bool running = running_mean.has_value();
+  return {data<double>(edges),
+          centre.const_data_ptr(),
+          is_double(centre),
+          optional_data<T>(beta),
+          running ? running_mean->mutable_data_ptr() : nullptr,
+          running ? running_var->mutable_data_ptr() : nullptr,
+          running && is_double(*running_mean),
+          momentum,
+          eps,
+          mutable_data<double>(offset),
+          mutable_data<double>(rstd),
+          mutable_data<T>(scale),
+          mutable_data<T>(shift)};
 }
 
 void sum_parts(const Tensor& gram, const Tensor& first, Tensor moments) {
@@ -34,23 +56,36 @@ void norm(const Optional& moments, const Tensor& weight, const Optional& gamma, 
   const OnDeviceOf device(weight);
   with_compute_type(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const bool running = running_mean.has_value();
-    const cuda::EdgeNormArgs<T> args{layer_of<T>(centre.size(0), weight, gamma, signs),
+    const cuda::EdgeNormArgs<T> args{layer_of<T>(centre.size(0), centre.size(1), weight, gamma, signs),
                                      optional_data<double>(moments),
-                                     data<double>(edges),
-                                     data<T>(centre),
-                                     optional_data<T>(beta),
-                                     running ? running_mean->mutable_data_ptr() : nullptr,
-                                     running ? running_var->mutable_data_ptr() : nullptr,
-                                     running && running_mean->scalar_type() == ScalarType::Double,
-                                     momentum,
-                                     eps,
-                                     mutable_data<T>(halves),
-                                     mutable_data<double>(offset),
-                                     mutable_data<double>(rstd),
-                                     mutable_data<T>(scale),
-                                     mutable_data<T>(shift)};
+                                     norm_of<T>(edges, centre, beta, running_mean, running_var, momentum, eps, offset, rstd, scale, shift),
+                                     mutable_data<T>(halves)};
     throw_if_failed(cuda::edge_norm(args, device.stream()), "edge_conv: norm");
+  });
+}
+
+void sums_norm(const Optional& partial, const Tensor& weight, const Optional& gamma, const Optional& beta, bool signs,
+               Optional running_mean, Optional running_var, const Tensor& centre, const Tensor& edges, double momentum,
+               double eps, Tensor offset, Tensor rstd, Tensor scale, Tensor shift) {
+  const OnDeviceOf device(weight);
+  with_compute_type(weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const cuda::EdgeSumsNormArgs<T> args{layer_of<T>(centre.size(0), centre.size(1), weight, gamma, signs),
+                                         partial.has_value() ? partial->size(2) : 0, optional_data<double>(partial),
+                                         norm_of<T>(edges, centre, beta, running_mean, running_var, momentum, eps, offset, rstd, scale, shift)};
+    throw_if_failed(cuda::edge_sums_norm(args, device.stream()), "edge_conv2: sums_norm");
+  });
+}
+
+void pivot(const Optional& gamma, const Optional& beta, const Tensor& rstd, const Tensor& offset, double negative_slope,
+           Tensor pivot) {
+  const OnDeviceOf device(rstd);
+  const ScalarType type = gamma.has_value() ? gamma->scalar_type() : ScalarType::Double;
+  with_compute_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const cuda::EdgePivotArgs<T> args{offset.size(0),     offset.size(1),       optional_data<T>(gamma), optional_data<T>(beta),
+                                      data<double>(rstd), data<double>(offset), negative_slope,          mutable_data<double>(pivot)};
+    throw_if_failed(cuda::edge_pivot(args, device.stream()), "edge_conv2: pivot");
   });
 }
 
@@ -96,7 +131,7 @@ void input_terms(const Tensor& weight, const Optional& gamma, bool signs, const 
   with_compute_type(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const cuda::EdgeInputTermsArgs<T> args{
-        layer_of<T>(mean_term.has_value() ? mean_term->size(0) : 0, weight, gamma, signs),
+        layer_of<T>(mean_term.has_value() ? mean_term->size(0) : 0, halves.size(1), weight, gamma, signs),
         data<double>(rstd),
         optional_data<double>(mean_term),
         optional_data<double>(slope_term),
@@ -113,10 +148,11 @@ void weight_gradient(const Tensor& sparse, const Tensor& weight, const Optional&
   const OnDeviceOf device(weight);
   with_compute_type(weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const cuda::EdgeWeightGradientArgs<T> args{layer_of<T>(centre.size(0), weight, gamma, signs),
+    const cuda::EdgeWeightGradientArgs<T> args{layer_of<T>(centre.size(0), centre.size(1), weight, gamma, signs),
                                                data<T>(sparse),
                                                data<double>(rstd),
-                                               data<T>(centre),
+                                               centre.const_data_ptr(),
+                                               is_double(centre),
                                                data<double>(edges),
                                                optional_data<double>(mean_term),
                                                optional_data<double>(slope_term),
@@ -133,6 +169,8 @@ void weight_gradient(const Tensor& sparse, const Tensor& weight, const Optional&
 STABLE_TORCH_LIBRARY_IMPL(crosspoint, CUDA, m) {
   m.impl("_edge_conv_sum_parts", TORCH_BOX(&crosspoint::binding::sum_parts));
   m.impl("_edge_conv_norm", TORCH_BOX(&crosspoint::binding::norm));
+  m.impl("_edge_conv2_sums_norm", TORCH_BOX(&crosspoint::binding::sums_norm));
+  m.impl("_edge_conv2_pivot", TORCH_BOX(&crosspoint::binding::pivot));
   m.impl("_edge_conv_affine", TORCH_BOX(&crosspoint::binding::affine));
   m.impl("_edge_conv_norm_gradient", TORCH_BOX(&crosspoint::binding::norm_gradient));
   m.impl("_edge_conv_input_terms", TORCH_BOX(&crosspoint::binding::input_terms));

@@ -28,8 +28,8 @@ struct EdgeTiles {
   TileProduct product;
 };
 
-// The largest weight a over the edges of each node: of equal ones the first, a NaN before all; where gamma is 0 all are
-// equal.
+// The largest h = weight a over the edges of each node, signed by gamma: of equal ones the first, a NaN before all; where
+// gamma is 0 all are equal.
 template <class T>
 struct EdgeTileMaxArgs {
   EdgeTiles<T> tiles;
@@ -39,7 +39,7 @@ struct EdgeTileMaxArgs {
   T* winner;        // (batch, n, c_out), 0 without edges
   void* slot;       // null if no backward pass follows
   int slot_bytes;   // 1 or 4
-  double* sums;     // (2, batch, ceil(n / 64), c_out) or null: of weight a and of its squares, over the edges of 64 nodes
+  double* sums;     // (2, batch, ceil(n / 64), c_out) or null: of h and of its squares, over the edges of 64 nodes
 };
 cudaError_t edge_tile_max(const EdgeTileMaxArgs<float>&, cudaStream_t);
 cudaError_t edge_tile_max(const EdgeTileMaxArgs<double>&, cudaStream_t);
