@@ -38,6 +38,8 @@ ROWS, COLUMNS = 16, 16
 CLOUDS = 16
 PARTS = 16
 TERMS = {"ROWS": 8, "COLUMNS": 32, "CHANNELS": 8}
+# Left to itself the assembler would spill registers, to have more programs at a time.
+OPTIONS = {"maxnreg": 255}
 
 
 @triton.jit
@@ -405,6 +407,7 @@ def _norm(
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             CLOUDS=CLOUDS,
+            **OPTIONS,
         )
 
 
@@ -783,4 +786,5 @@ def weight_gradient(
             ROWS=ROWS,
             COLUMNS=COLUMNS,
             CLOUDS=CLOUDS,
+            **OPTIONS,
         )

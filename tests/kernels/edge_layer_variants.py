@@ -70,10 +70,11 @@ def variants() -> list[Variant]:
     ]
     found = []
     for name, kernel, constants in listed:
-        found.append(Variant(f"layer-{name}", kernel, TYPES, constants))
-        found.append(Variant(f"layer-{name}-double", kernel, double, constants))
+        options = edge_layer.OPTIONS if kernel in (norm, weight) else {}
+        found.append(Variant(f"layer-{name}", kernel, TYPES, constants, options))
+        found.append(Variant(f"layer-{name}-double", kernel, double, constants, options))
     # Of edge_conv2's second layer the centres are float64's.
     pivots = {**TYPES, "p_centre": "*fp64"}
     del sums_norm["p_partial"]
-    found.append(Variant("layer-sums_norm", norm, pivots, sums_norm))
+    found.append(Variant("layer-sums_norm", norm, pivots, sums_norm, edge_layer.OPTIONS))
     return found
