@@ -14,19 +14,46 @@ inline constexpr int kKeptQueries = 2;     // queries at a time where the distan
 inline constexpr int kStreamedQueries = 4;  // where they are computed twice
 inline constexpr int kCloudBlockQueries = 16;
 inline constexpr int kCloudPad = 256;  // the cloud is padded to as many points
+inline constexpr int kAtOnce = 4;      // points of a lane that it loads together
 inline constexpr int64_t kMostCloudBytes = 96 << 10;
 
-// One cloud in shared memory, (C, stride): NaN after the last point, zeros where the points have fewer channels.
+// One cloud in shared memory, (C, stride): NaN after the last point, zeros where the points have fewer channels. Points
+// j, j + 32, j + 64 and j + 96 of each 128 lie side by side, for a lane to load at once.
 template <int C>
 struct SharedCloud {
   const float* values;
   int stride;
 
+  __device__ __forceinline__ static int place(int j) { return (j & ~127) | (j & 31) << 2 | (j >> 5 & 3); }
+
   __device__ __forceinline__ float distance(int j, const float (&query)[C]) const {
     float sum = 0;
 #pragma unroll
-    for (int c = 0; c < C; ++c) sum = add_square(sum, values[c * stride + j], query[c]);
+    for (int c = 0; c < C; ++c) sum = add_square(sum, values[c * stride + place(j)], query[c]);
     return sum;
+  }
+
+  // Of the four points that the lane loads with point j; infinite where they are not `here`.
+  template <int Q>
+  __device__ __forceinline__ void distances(bool here, int j, const float (&query)[Q][C],
+                                            float (&sums)[Q][kAtOnce]) const {
+#pragma unroll
+    for (int q = 0; q < Q; ++q)
+#pragma unroll
+      for (int e = 0; e < kAtOnce; ++e) sums[q][e] = here ? 0.f : infinity<float>();
+    if (!here) return;
+    const float4* points = reinterpret_cast<const float4*>(values + place(j));
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const float4 x = points[c * (stride / kAtOnce)];
+#pragma unroll
+      for (int q = 0; q < Q; ++q) {
+        sums[q][0] = add_square(sums[q][0], x.x, query[q][c]);
+        sums[q][1] = add_square(sums[q][1], x.y, query[q][c]);
+        sums[q][2] = add_square(sums[q][2], x.z, query[q][c]);
+        sums[q][3] = add_square(sums[q][3], x.w, query[q][c]);
+      }
+    }
   }
 };
 
@@ -55,8 +82,8 @@ size_t cloud_shared(int64_t stride, int queries, int room) {
 
 // `kept`: clouds of one chunk, whose distances stay in registers between the passes.
 template <int C, bool kept>
-__global__ void __launch_bounds__(kCloudWarps* kWarp, 3) knn_cloud(Search<float> search, int stride, int room,
-                                                                int64_t blocks_per_cloud, int64_t blocks) {
+__global__ void __launch_bounds__(kCloudWarps* kWarp, C == 3 && !kept ? 4 : 3)
+    knn_cloud(Search<float> search, int stride, int room, int64_t blocks_per_cloud, int64_t blocks) {
   using Key = NeighbourKey<float>;
   constexpr int Q = kept ? kKeptQueries : kStreamedQueries;
   constexpr int steps = kChunk / kWarp, guarded = kCloudPad / kWarp;  // steps of a chunk; between looks at its end
@@ -79,7 +106,7 @@ __global__ void __launch_bounds__(kCloudWarps* kWarp, 3) knn_cloud(Search<float>
     for (int j = threadIdx.x; j < padded; j += blockDim.x)
 #pragma unroll
       for (int c = 0; c < C; ++c)
-        values[c * stride + j] = j >= n ? missing<float> : c < channels ? points[int64_t(j) * channels + c] : 0.f;
+        values[c * stride + cloud.place(j)] = j >= n ? missing<float> : c < channels ? points[int64_t(j) * channels + c] : 0.f;
     __syncthreads();
 
     for (int q0 = threadIdx.x / kWarp * Q; n > 0 && q0 < valid; q0 += kCloudWarps * Q) {
@@ -96,14 +123,17 @@ __global__ void __launch_bounds__(kCloudWarps* kWarp, 3) knn_cloud(Search<float>
         for (int i0 = 0; i0 < steps; i0 += guarded) {
           const bool here = begin + i0 * kWarp < padded;
 #pragma unroll
-          for (int i = 0; i < guarded; ++i)
+          for (int i = 0; i < guarded; i += kAtOnce) {
+            float d[Q][kAtOnce];
+            cloud.distances(here, begin + (i0 + i) * kWarp + lane, query, d);
 #pragma unroll
-            for (int q = 0; q < Q; ++q) {
-              const int j = begin + (i0 + i) * kWarp + lane;
-              const float d = here ? cloud.distance(j, query[q]) : infinity<float>();
-              if constexpr (kept) kept_distance[q][i0 + i] = d;
-              minima[q][i] = fminf(minima[q][i], d);
-            }
+            for (int q = 0; q < Q; ++q)
+#pragma unroll
+              for (int e = 0; e < kAtOnce; ++e) {
+                if constexpr (kept) kept_distance[q][i0 + i + e] = d[q][e];
+                minima[q][i + e] = fminf(minima[q][i + e], d[q][e]);
+              }
+          }
         }
       }
 
@@ -123,16 +153,17 @@ __global__ void __launch_bounds__(kCloudWarps* kWarp, 3) knn_cloud(Search<float>
         for (int i0 = 0; i0 < steps; i0 += guarded) {
           [[maybe_unused]] const bool here = begin + i0 * kWarp < padded;
 #pragma unroll
-          for (int i = 0; i < guarded; ++i)
+          for (int i = 0; i < guarded; i += kAtOnce) {
+            float d[Q][kAtOnce];
+            if constexpr (!kept) cloud.distances(here, begin + (i0 + i) * kWarp + lane, query, d);
 #pragma unroll
-            for (int q = 0; q < Q; ++q) {
-              float d = infinity<float>();
-              if constexpr (kept)
-                d = kept_distance[q][i0 + i];
-              else if (here)
-                d = cloud.distance(begin + (i0 + i) * kWarp + lane, query[q]);
-              words[q] = __funnelshift_l(__float_as_uint(d - beyond[q]), words[q], 1);
-            }
+            for (int q = 0; q < Q; ++q)
+#pragma unroll
+              for (int e = 0; e < kAtOnce; ++e) {
+                if constexpr (kept) d[q][e] = kept_distance[q][i0 + i + e];
+                words[q] = __funnelshift_l(__float_as_uint(d[q][e] - beyond[q]), words[q], 1);
+              }
+          }
         }
 #pragma unroll
         for (int q = 0; q < Q; ++q) {

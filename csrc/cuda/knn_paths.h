@@ -7,14 +7,14 @@
 
 namespace crosspoint::cuda {
 
-// Channels that `cloud` takes, beyond which `filter` does: direct differences of C channels take 2 C + 2.5 instructions
+// Channels that `cloud` takes, beyond which `filter` does: direct differences of C channels take 2.1 C + 1 instructions
 // for 32 points, twice where they are not kept, against about 700 in all of the filter at 1,024 points: 8 channels are
-// 590 + 320. By channels and k alone: the two sum distances of many channels in different orders, and padding or the
+// 580 + 310. By channels and k alone: the two sum distances of many channels in different orders, and padding or the
 // rest of a batch must not change an answer.
 inline constexpr int64_t kFewChannels = 8;
 
-// `cloud` takes N / 32 x 16.5 + 320 instructions a query (each point twice), `tree` about 1,000, and 27 us to start and
-// to sort. For one cloud both take 36 us at N = 7,100: more points than this are the tree's.
+// `cloud` takes N / 32 x 15.4 + 310 instructions a query (each point twice), `tree` about 1,000, and 27 us to start and
+// to sort. For one cloud both take 36 us at N = 7,300: more points than this are the tree's.
 inline constexpr int64_t kTreeLeast = 7168;
 
 // Spread over 65,536 queries the tree's start is 320 instructions of each, so that it pays from N = 1,900 on; with

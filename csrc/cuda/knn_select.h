@@ -8,17 +8,22 @@ namespace crosspoint::cuda {
 // Groups whose n-th smallest minimum bounds the n-th distance well; n <= 0.69 of them, or 0.5 of the most.
 __host__ __device__ constexpr int groups_for(int n) { return n <= 22 ? 32 : n <= 44 ? 64 : n <= 88 ? 128 : 256; }
 
-// The n-th smallest of 32 values, one in each lane.
+// The n-th smallest of 32 values, one in each lane: a bitonic sort. A lane that is to keep the larger of two holds it
+// negated, so that both lanes take a minimum; from step to step it is signs that change.
 __device__ __forceinline__ float nth_of_warp(float value, int n) {
+  uint32_t lane_bit[6], negated = 0;  // as signs
 #pragma unroll
-  for (int run = 2; run <= kWarp; run *= 2)
+  for (int b = 0; b < 6; ++b) lane_bit[b] = static_cast<uint32_t>(lane_id()) >> b << 31;
 #pragma unroll
-    for (int stride = run / 2; stride > 0; stride /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, value, stride);
-      const bool least = ((lane_id() & stride) == 0) == ((lane_id() & run) == 0);
-      value = least ? fminf(value, other) : fmaxf(value, other);
+  for (int run = 1; run <= 5; ++run)
+#pragma unroll
+    for (int stride = run - 1; stride >= 0; --stride) {
+      const uint32_t larger = lane_bit[stride] ^ lane_bit[run];
+      value = __uint_as_float(__float_as_uint(value) ^ negated ^ larger);
+      negated = larger;
+      value = fminf(value, -__shfl_xor_sync(kAllLanes, value, 1 << stride));
     }
-  return __shfl_sync(kAllLanes, value, n - 1);
+  return __shfl_sync(kAllLanes, __uint_as_float(__float_as_uint(value) ^ negated), n - 1);
 }
 
 // The n-th smallest of groups' minima, 8 in each lane of which groups_for(n) / 32 are told apart; `space` has room
