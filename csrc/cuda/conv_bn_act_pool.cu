@@ -38,7 +38,7 @@ __device__ __forceinline__ bool goes_before(T value, int row, T other, int other
 
 constexpr int kWords = 16, kStride = kWords + 4;  // rows of 20 words: the loads of a fragment meet no bank twice
 
-template <int product>
+template <Product product>
 struct Kind {
   using T = float;
   using Word = uint32_t;
@@ -47,12 +47,12 @@ struct Kind {
 
   // A word of shared memory, and the sum of what it holds.
   __device__ static Word word(float x, float) {
-    return __float_as_uint(product == PoolProduct::tf32 ? __uint_as_float(to_tf32(x)) : x);
+    return __float_as_uint(product == Product::tf32 ? __uint_as_float(to_tf32(x)) : x);
   }
   __device__ static float total(Word word) { return __uint_as_float(word); }
 };
 template <>
-struct Kind<PoolProduct::bf16> {
+struct Kind<Product::bf16> {
   using T = float;
   using Word = uint32_t;
   using Weight = Half;
@@ -64,7 +64,7 @@ struct Kind<PoolProduct::bf16> {
   }
 };
 template <>
-struct Kind<PoolProduct::float64> {
+struct Kind<Product::float64> {
   using T = double;
   using Word = double;
   using Weight = double;
@@ -77,7 +77,7 @@ struct Kind<PoolProduct::float64> {
 // A warp has row_fragments x kColumnFragments fragments of 16 x 8: 32 columns, a word of the mask.
 constexpr int kColumnWarps = 2, kColumnFragments = 4, kColumns = kColumnWarps * kColumnFragments * 8;
 
-template <int product>
+template <Product product>
 struct Block {
   using K = Kind<product>;
   using T = typename K::T;
@@ -163,7 +163,7 @@ struct Block {
 
   __device__ static void add(const Word (&left)[rows][kStride], const Word (&right)[kColumns][kStride], Sum& sum) {
     const int row = row_of(0, 0), column = threadIdx.x / kWarp / K::row_warps * kWarp + lane_id() / 4, t = lane_id() % 4;
-    if constexpr (product == PoolProduct::float64) {
+    if constexpr (product == Product::float64) {
       for (int k = 0; k < kWords; ++k)
 #pragma unroll
         for (int m = 0; m < fragments; ++m)
@@ -183,7 +183,7 @@ struct Block {
         for (int n = 0; n < kColumnFragments; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) b[n][i] = right[column + n * 8][k + t + i * 4];
-        if constexpr (product == PoolProduct::tf32x3) {
+        if constexpr (product == Product::tf32x3) {
           // x = high + low to 2^-22; low * low is below that.
           uint32_t a_low[fragments][4], b_low[kColumnFragments][2];
 #pragma unroll
@@ -206,7 +206,7 @@ struct Block {
         for (int m = 0; m < fragments; ++m)
 #pragma unroll
           for (int n = 0; n < kColumnFragments; ++n) {
-            if constexpr (product == PoolProduct::bf16) {
+            if constexpr (product == Product::bf16) {
               mma_bf16(sum.v[m][n], a[m], b[n]);
             } else {
               mma_tf32(sum.v[m][n], a[m], b[n]);
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(kThreads) pool_sums(PoolSumsArgs args) {
   }
 }
 
-template <int product, class X>
+template <Product product, class X>
 __global__ void __launch_bounds__(Block<product>::threads, Block<product>::blocks) pool_gram(PoolGramArgs args) {
   using B = Block<product>;
   using T = typename B::T;
@@ -437,7 +437,7 @@ struct Column {
   }
 };
 
-template <int product, class X>
+template <Product product, class X>
 __global__ void __launch_bounds__(Block<product>::threads, Block<product>::blocks) pool_tiles(PoolArgs args) {
   using B = Block<product>;
   using T = typename B::T;
@@ -600,7 +600,7 @@ __global__ void __launch_bounds__(kThreads) pool_terms(PoolTermsArgs<T> args) {
   }
 }
 
-template <int product, class X>
+template <Product product, class X>
 __global__ void __launch_bounds__(Block<product>::threads, Block<product>::blocks) pool_x_gradient(PoolXGradientArgs args) {
   using B = Block<product>;
   using T = typename B::T;
@@ -637,7 +637,7 @@ __global__ void __launch_bounds__(Block<product>::threads, Block<product>::block
       }
 }
 
-template <int product, class X>
+template <Product product, class X>
 __global__ void __launch_bounds__(Block<product>::threads, Block<product>::blocks) pool_weight_gradient(PoolWeightGradientArgs args) {
   using B = Block<product>;
   using T = typename B::T;
@@ -668,18 +668,16 @@ __global__ void __launch_bounds__(Block<product>::threads, Block<product>::block
 // ---- launches
 
 // Calls f(product, a value of the type of x).
-template <int product>
-struct Product {
-  static constexpr int value = product;
-};
 template <class F>
-cudaError_t with_product(int product, bool half, F&& f) {
-  if (product == PoolProduct::bf16) return half ? f(Product<PoolProduct::bf16>{}, Half{}) : f(Product<PoolProduct::bf16>{}, float{});
-  if (half) return cudaErrorInvalidValue;
-  if (product == PoolProduct::tf32) return f(Product<PoolProduct::tf32>{}, float{});
-  if (product == PoolProduct::tf32x3) return f(Product<PoolProduct::tf32x3>{}, float{});
-  if (product == PoolProduct::float64) return f(Product<PoolProduct::float64>{}, double{});
-  return cudaErrorInvalidValue;
+cudaError_t with_product(Product product, bool half, F&& f) {
+  if (half && product != Product::bf16) return cudaErrorInvalidValue;
+  switch (product) {
+    case Product::bf16: return half ? f(Constant<Product::bf16>{}, Half{}) : f(Constant<Product::bf16>{}, float{});
+    case Product::tf32: return f(Constant<Product::tf32>{}, float{});
+    case Product::tf32x3: return f(Constant<Product::tf32x3>{}, float{});
+    case Product::float64: return f(Constant<Product::float64>{}, double{});
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 unsigned blocks_of(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
@@ -696,20 +694,16 @@ cudaError_t conv_bn_act_pool_sums(const PoolSumsArgs& args, cudaStream_t stream)
 
 cudaError_t conv_bn_act_pool_gram(const PoolGramArgs& args, cudaStream_t stream) {
   return with_product(args.product, args.cloud.half, [&](auto product, auto x) {
-    constexpr int kind = decltype(product)::value;
+    constexpr Product kind = decltype(product)::value;
     using B = Block<kind>;
     const dim3 grid(blocks_of(args.parts, 1), blocks_of(args.cloud.c_in, B::rows), blocks_of(args.cloud.c_in, kColumns));
     return launch(pool_gram<kind, decltype(x)>, grid, dim3(B::threads), 0, stream, args);
   });
 }
 
-int64_t pool_tile_rows(int product) {
-  return product == PoolProduct::float64 ? Block<PoolProduct::float64>::rows : Block<PoolProduct::tf32x3>::rows;
-}
-
 cudaError_t conv_bn_act_pool_tiles(const PoolArgs& args, cudaStream_t stream) {
   return with_product(args.product, args.cloud.half, [&](auto product, auto x) {
-    constexpr int kind = decltype(product)::value;
+    constexpr Product kind = decltype(product)::value;
     const dim3 grid(blocks_of(args.cloud.batch * args.tiles * blocks_of(args.c_out, kColumns), 1));
     return launch(pool_tiles<kind, decltype(x)>, grid, dim3(Block<kind>::threads), 0, stream, args);
   });
@@ -731,7 +725,7 @@ cudaError_t conv_bn_act_pool_terms(const PoolTermsArgs<double>& a, cudaStream_t 
 
 cudaError_t conv_bn_act_pool_x_gradient(const PoolXGradientArgs& args, cudaStream_t stream) {
   return with_product(args.product, args.cloud.half, [&](auto product, auto x) {
-    constexpr int kind = decltype(product)::value;
+    constexpr Product kind = decltype(product)::value;
     using B = Block<kind>;
     const dim3 grid(blocks_of(args.cloud.batch * blocks_of(args.cloud.n, B::rows) * blocks_of(args.cloud.c_in, kColumns), 1));
     return launch(pool_x_gradient<kind, decltype(x)>, grid, dim3(B::threads), 0, stream, args);
@@ -740,7 +734,7 @@ cudaError_t conv_bn_act_pool_x_gradient(const PoolXGradientArgs& args, cudaStrea
 
 cudaError_t conv_bn_act_pool_weight_gradient(const PoolWeightGradientArgs& args, cudaStream_t stream) {
   return with_product(args.product, args.cloud.half, [&](auto product, auto x) {
-    constexpr int kind = decltype(product)::value;
+    constexpr Product kind = decltype(product)::value;
     using B = Block<kind>;
     const dim3 grid(blocks_of(args.parts, 1), blocks_of(args.c_out, B::rows), blocks_of(args.cloud.c_in, kColumns));
     return launch(pool_weight_gradient<kind, decltype(x)>, grid, dim3(B::threads), 0, stream, args);

@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kSliceThreads, kSliceBlocks<T>)
 __device__ __forceinline__ void store_slots(void* slot, int bytes, int64_t at, const int (&s)[kFour], int count,
                                             bool fours) {
   if (bytes == 1) {
-    FourBytes x;
+    Four<uint8_t> x;
 #pragma unroll
     for (int v = 0; v < kFour; ++v) x.v[v] = static_cast<uint8_t>(s[v]);
     store_four<uint8_t>(static_cast<uint8_t*>(slot) + at, x, count, fours);
@@ -352,13 +352,13 @@ __global__ void __launch_bounds__(kMomentsThreads, 2) conv_moments_tiles(EdgeCon
     fetch(piece.begin);
     for (int64_t i0 = piece.begin; i0 < piece.end; i0 += kNodes) {
       __syncthreads();
-      *reinterpret_cast<Four<float>*>(&left[node][channel]) = next[0];
-      *reinterpret_cast<Four<float>*>(&sums[node][channel]) = next[1];
+      values_at<kFour>(&left[node][channel]) = next[0];
+      values_at<kFour>(&sums[node][channel]) = next[1];
       Four<uint32_t> high, low;
 #pragma unroll
       for (int v = 0; v < kFour; ++v) split_tf32(next[2].v[v], high.v[v], low.v[v]);
-      *reinterpret_cast<Four<uint32_t>*>(&right[0][node][channel]) = high;
-      *reinterpret_cast<Four<uint32_t>*>(&right[1][node][channel]) = low;
+      values_at<kFour>(&right[0][node][channel]) = high;
+      values_at<kFour>(&right[1][node][channel]) = low;
       if (threadIdx.x < 2 * kNodes) load_degrees(degree, args, piece, i0);
       __syncthreads();
       if (i0 + kNodes < piece.end) fetch(i0 + kNodes);

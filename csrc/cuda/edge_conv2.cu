@@ -7,7 +7,7 @@ namespace {
 constexpr int kThreads = 256;
 
 // A block for 64 nodes and kColumns channels: a slot of all its nodes at a time is a tile.
-template <class T, int product>
+template <class T, Product product>
 __global__ void __launch_bounds__(kTileThreads, 2) edges_max(EdgeTileMaxArgs<T> args, int resident) {
   constexpr int W = kColumns<T>;
   SharedArena arena;
@@ -105,13 +105,15 @@ __global__ void __launch_bounds__(kThreads) edges_activate(EdgeActivateArgs<T> a
   }
 }
 
-template <TileProduct product, class T>
+template <class T>
 cudaError_t launch_max(const EdgeTileMaxArgs<T>& args, cudaStream_t stream) {
   const Graph& graph = args.tiles.graph;
   const int resident = RightPieces<T>::resident(blocks_of(args.tiles.c_mid, kDepth));
   const int64_t items = graph.batch * blocks_of(graph.n, kTileRows) * blocks_of(args.c_out, kColumns<T>);
   const size_t shared = shared_bytes<T>(kTileRows * kLeftPitch) + RightPieces<T>::bytes(resident) + shared_bytes<TileEdges>(1);
-  return launch(edges_max<T, static_cast<int>(product)>, grid_for(items), dim3(kTileThreads), shared, stream, args, resident);
+  return with_product(args.tiles, [&](auto product) {
+    return launch(edges_max<T, product.value>, grid_for(items), dim3(kTileThreads), shared, stream, args, resident);
+  });
 }
 
 template <class T>
@@ -121,17 +123,8 @@ cudaError_t launch_activate(const EdgeActivateArgs<T>& args, cudaStream_t stream
 
 }  // namespace
 
-cudaError_t edge_tile_max(const EdgeTileMaxArgs<float>& args, cudaStream_t stream) {
-  switch (args.tiles.product) {
-    case TileProduct::bf16: return launch_max<TileProduct::bf16>(args, stream);
-    case TileProduct::tf32: return launch_max<TileProduct::tf32>(args, stream);
-    case TileProduct::tf32x3: return launch_max<TileProduct::tf32x3>(args, stream);
-    default: return cudaErrorInvalidValue;
-  }
-}
-cudaError_t edge_tile_max(const EdgeTileMaxArgs<double>& args, cudaStream_t stream) {
-  return launch_max<TileProduct::float64>(args, stream);
-}
+cudaError_t edge_tile_max(const EdgeTileMaxArgs<float>& a, cudaStream_t s) { return launch_max(a, s); }
+cudaError_t edge_tile_max(const EdgeTileMaxArgs<double>& a, cudaStream_t s) { return launch_max(a, s); }
 cudaError_t edge_activate(const EdgeActivateArgs<float>& a, cudaStream_t s) { return launch_activate(a, s); }
 cudaError_t edge_activate(const EdgeActivateArgs<double>& a, cudaStream_t s) { return launch_activate(a, s); }
 

@@ -1,7 +1,5 @@
 // EdgeConv2's backward pass: gradients of the first layer on tiles of edges that are computed again, summed by source
 // and by target, and the sums of products that weight2's gradient is made of.
-#include <type_traits>
-
 #include "cuda/edge_tiles.h"
 
 namespace crosspoint::cuda {
@@ -51,7 +49,7 @@ struct Workplace {
 
 // dz1 at this thread's places of the tile, of channels from c0 on; and, if wanted, U + V and a there. The whole block
 // calls after it has written the edges; it leaves U + V in place.left.
-template <class T, int product>
+template <class T, Product product>
 __device__ __forceinline__ void gradient_of_tile(const EdgeTileGradientArgs<T>& args, const Pieces& pieces,
                                                  const Workplace<T>& place, int64_t b, int64_t c0, Accumulators<T>& dz) {
   const EdgeTiles<T>& tiles = args.tiles;
@@ -108,7 +106,7 @@ struct FirstLayer {
   }
 };
 
-template <class T, int product>
+template <class T, Product product>
 __global__ void __launch_bounds__(kTileThreads, 2)
     edges_own(EdgeTileGradientArgs<T> args, T* routed, double* sums, int resident) {
   constexpr int W = kColumns<T>;
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
 }
 
-template <class T, int product>
+template <class T, Product product>
 __global__ void __launch_bounds__(kTileThreads, 2)
     edges_neighbour(EdgeTileGradientArgs<T> args, ReverseEdges reverse, T* runs, int resident) {
   constexpr int W = kColumns<T>;
@@ -227,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) edges_add_runs(const T* runs, Revers
 }
 
 // A block for a square of 64 rows (g's, then a's) by kColumns, over the edges of a part of a cloud's nodes.
-template <class T, int product>
+template <class T, Product product>
 __global__ void __launch_bounds__(kTileThreads, 2) edges_products(EdgeTileGradientArgs<T> args, int64_t parts, T* out) {
   constexpr int W = kColumns<T>;
   SharedArena arena;
@@ -271,27 +269,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) edges_products(EdgeTileGradie
 
 // ---- launches
 
-// Calls run with the product that a float's tiles are multiplied by.
-template <class Run>
-cudaError_t with_product(const EdgeTileGradientArgs<float>& args, Run&& run) {
-  switch (args.tiles.product) {
-    case TileProduct::bf16: return run(std::integral_constant<int, static_cast<int>(TileProduct::bf16)>{});
-    case TileProduct::tf32: return run(std::integral_constant<int, static_cast<int>(TileProduct::tf32)>{});
-    case TileProduct::tf32x3: return run(std::integral_constant<int, static_cast<int>(TileProduct::tf32x3)>{});
-    default: return cudaErrorInvalidValue;
-  }
-}
-template <class Run>
-cudaError_t with_product(const EdgeTileGradientArgs<double>&, Run&& run) {
-  return run(std::integral_constant<int, static_cast<int>(TileProduct::float64)>{});
-}
-
 template <class T>
 cudaError_t launch_own(const EdgeTileGradientArgs<T>& args, T* routed, double* sums, cudaStream_t stream) {
   const Graph& graph = args.tiles.graph;
   const int resident = RightPieces<T>::resident(Pieces(args).all);
   const int64_t items = graph.batch * blocks_of(graph.n, kTileRows) * blocks_of(args.tiles.c_mid, kColumns<T>);
-  return with_product(args, [&](auto product) {
+  return with_product(args.tiles, [&](auto product) {
     return launch(edges_own<T, product.value>, grid_for(items), dim3(kTileThreads), Workplace<T>::bytes(resident), stream, args,
                   routed, sums, resident);
   });
@@ -303,7 +286,7 @@ cudaError_t launch_neighbour(const EdgeTileGradientArgs<T>& args, const ReverseE
   const int resident = RightPieces<T>::resident(Pieces(args).all);
   const int64_t tiles = blocks_of(graph.n * graph.k, kTileRows);
   const int64_t items = graph.batch * blocks_of(tiles, kTilesOfBlock) * blocks_of(args.tiles.c_mid, kColumns<T>);
-  return with_product(args, [&](auto product) {
+  return with_product(args.tiles, [&](auto product) {
     return launch(edges_neighbour<T, product.value>, grid_for(items), dim3(kTileThreads), Workplace<T>::bytes(resident), stream,
                   args, reverse, runs, resident);
   });
@@ -319,7 +302,7 @@ template <class T>
 cudaError_t launch_products(const EdgeTileGradientArgs<T>& args, int64_t parts, T* out, cudaStream_t stream) {
   const int64_t items = args.tiles.graph.batch * parts * Pieces(args).all * blocks_of(args.tiles.c_mid, kColumns<T>);
   const size_t shared = 2 * shared_bytes<T>(kTileRows * kRightPitch) + shared_bytes<TileEdges>(1);
-  return with_product(args, [&](auto product) {
+  return with_product(args.tiles, [&](auto product) {
     return launch(edges_products<T, product.value>, grid_for(items), dim3(kTileThreads), shared, stream, args, parts, out);
   });
 }

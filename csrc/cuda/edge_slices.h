@@ -62,7 +62,7 @@ struct Piece {
     if constexpr (shared) {
       __syncthreads();  // the piece before is done with the space
       for (int64_t j = node; j < s.n; j += at_once)
-        *reinterpret_cast<Four<T>*>(space + j * s.width + mine) = load_four<T>(table + j * row_stride, count, fours);
+        values_at<kFour>(space + j * s.width + mine) = load_four<T>(table + j * row_stride, count, fours);
       __syncthreads();
       rows = space + mine, stride = s.width, whole = true;
     } else {
@@ -71,7 +71,7 @@ struct Piece {
   }
 
   __device__ __forceinline__ Four<T> row(int64_t j) const {
-    if constexpr (shared) return *reinterpret_cast<const Four<T>*>(rows + j * stride);
+    if constexpr (shared) return values_at<kFour>(rows + j * stride);
     return load_four<T>(rows + j * stride, count, whole);
   }
 };

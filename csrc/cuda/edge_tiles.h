@@ -65,7 +65,7 @@ __device__ __forceinline__ void fill_edges(T* tile, int pitch, const EdgeTiles<T
         if constexpr (!raw) value.v[i] = leaky_less_pivot(value.v[i] * gain.v[i], shift.v[i], slope);
       }
     }
-    *reinterpret_cast<Four<T>*>(tile + row * pitch + mine) = value;
+    values_at<kFour>(tile + row * pitch + mine) = value;
   }
 }
 
@@ -89,7 +89,7 @@ __device__ __forceinline__ void fill_winners(T* tile, int pitch, const EdgeTileG
       for (int i = 0; i < kFour; ++i)
         if (i < count && static_cast<int>(slot.v[i]) == edges.slot[row]) value.v[i] = args.g[first + at + i];
     }
-    *reinterpret_cast<Four<T>*>(tile + row * pitch + mine) = value;
+    values_at<kFour>(tile + row * pitch + mine) = value;
   }
 }
 
@@ -125,24 +125,23 @@ struct Accumulators {
 };
 
 // x as tensor cores take it: in tf32, or in two of them.
-template <TileProduct product>
+template <Product product>
 __device__ __forceinline__ void cut(float x, uint32_t& high, uint32_t& low) {
-  if constexpr (product == TileProduct::tf32x3)
+  if constexpr (product == Product::tf32x3)
     split_tf32(x, high, low);
   else
     high = to_tf32(x);
 }
 
 // sum += left right over `depth` (a multiple of 16; the tiles hold zeros beyond what there is). `turned`: left is
-// (depth, rows), of pitch kRightPitch. `product`: a TileProduct.
-template <class T, int product, bool turned>
+// (depth, rows), of pitch kRightPitch.
+template <class T, Product product, bool turned>
 __device__ __forceinline__ void multiply_tile(Accumulators<T>& sum, const T* left, const T* right, int depth) {
   const int g = lane_id() / 4, t = lane_id() % 4, first = threadIdx.x / kWarp * 16;
   const auto at = [&](int row, int p) {
     return turned ? left[p * kRightPitch + first + row] : left[(first + row) * kLeftPitch + p];
   };
-  constexpr auto kind = static_cast<TileProduct>(product);
-  if constexpr (kind == TileProduct::float64) {
+  if constexpr (product == Product::float64) {
     for (int p = 0; p < depth; ++p) {
       const T a[2] = {at(g, p), at(g + 8, p)};
 #pragma unroll
@@ -150,7 +149,7 @@ __device__ __forceinline__ void multiply_tile(Accumulators<T>& sum, const T* lef
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum.v[e][i] += a[i / 2] * right[p * kRightPitch + Accumulators<T>::column(e, i)];
     }
-  } else if constexpr (kind == TileProduct::bf16) {
+  } else if constexpr (product == Product::bf16) {
     for (int p = 0; p < depth; p += 16) {
       uint32_t a[4];
 #pragma unroll
@@ -174,16 +173,16 @@ __device__ __forceinline__ void multiply_tile(Accumulators<T>& sum, const T* lef
       uint32_t high[4], low[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        cut<kind>(at(g + i % 2 * 8, p + t + i / 2 * 4), high[i], low[i]);
+        cut<product>(at(g + i % 2 * 8, p + t + i / 2 * 4), high[i], low[i]);
       }
 #pragma unroll
       for (int e = 0; e < kEighths<T>; ++e) {
         uint32_t b[2], rest[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          cut<kind>(right[(p + t + i * 4) * kRightPitch + e * 8 + g], b[i], rest[i]);
+          cut<product>(right[(p + t + i * 4) * kRightPitch + e * 8 + g], b[i], rest[i]);
         }
-        if constexpr (kind == TileProduct::tf32x3) {
+        if constexpr (product == Product::tf32x3) {
           mma_tf32(sum.v[e], low, b);
           mma_tf32(sum.v[e], high, rest);
         }
@@ -248,6 +247,21 @@ __device__ __forceinline__ void sum_columns(const Accumulators<T>& values, doubl
     sums[threadIdx.x] = sum;
   }
   __syncthreads();
+}
+
+// Calls run with the product that tiles are multiplied by.
+template <class Run>
+cudaError_t with_product(const EdgeTiles<float>& tiles, Run&& run) {
+  switch (tiles.product) {
+    case Product::bf16: return run(Constant<Product::bf16>{});
+    case Product::tf32: return run(Constant<Product::tf32>{});
+    case Product::tf32x3: return run(Constant<Product::tf32x3>{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+template <class Run>
+cudaError_t with_product(const EdgeTiles<double>&, Run&& run) {
+  return run(Constant<Product::float64>{});
 }
 
 }  // namespace crosspoint::cuda

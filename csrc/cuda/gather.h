@@ -4,27 +4,11 @@
 
 #include <type_traits>
 
-#include "cuda/platform.h"
+#include "cuda/rows.h"
 
 namespace crosspoint::cuda {
 
 inline constexpr int kGatherThreads = 256;
-
-// V values that are read and written at once.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Values {
-  T value[V];
-};
-
-template <int V, class T>
-__device__ __forceinline__ const Values<T, V>& values_at(const T* place) {
-  return *reinterpret_cast<const Values<T, V>*>(place);
-}
-
-template <int V, class T>
-__device__ __forceinline__ Values<T, V>& values_at(T* place) {
-  return *reinterpret_cast<Values<T, V>*>(place);
-}
 
 // Row and first channel of each of this thread's pieces of a result of `rows` rows.
 template <int V, class F>

@@ -14,17 +14,17 @@ __global__ void __launch_bounds__(kGatherThreads, 4) find_most(GatherMaxArgs<T> 
     Values<T, V> most = {};
     Values<int32_t, V> slot;
 #pragma unroll
-    for (int v = 0; v < V; ++v) slot.value[v] = -1;
+    for (int v = 0; v < V; ++v) slot.v[v] = -1;
     gather<V>(
         0, a.k, [&](int64_t s) { return idx[s] >= 0 && idx[s] < a.n ? static_cast<int32_t>(s) : -1; },
         [&](int32_t s) { return cloud + idx[s] * a.channels; },
         [&](int32_t s, const Values<T, V>& x) {
 #pragma unroll
           for (int v = 0; v < V; ++v) {
-            const T value = x.value[v], best = most.value[v];
-            const bool wins = slot.value[v] < 0 || value > best || (value != value && best == best);
-            most.value[v] = wins ? value : best;
-            slot.value[v] = wins ? s : slot.value[v];
+            const T value = x.v[v], best = most.v[v];
+            const bool wins = slot.v[v] < 0 || value > best || (value != value && best == best);
+            most.v[v] = wins ? value : best;
+            slot.v[v] = wins ? s : slot.v[v];
           }
         });
     values_at<V>(a.out + row * a.channels + c) = most;
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
           const uint32_t i = static_cast<uint32_t>(edge) / k, s = static_cast<uint32_t>(edge) - i * k;
 #pragma unroll
           for (int v = 0; v < V; ++v)  // of k neighbours one has won: most gradients are not read
-            if (slot.value[v] == static_cast<int32_t>(s)) total[v] += static_cast<double>(a.grad[first + i * a.channels + v]);
+            if (slot.v[v] == static_cast<int32_t>(s)) total[v] += static_cast<double>(a.grad[first + i * a.channels + v]);
         });
     Values<T, V> rounded;
 #pragma unroll
-    for (int v = 0; v < V; ++v) rounded.value[v] = static_cast<T>(total[v]);
+    for (int v = 0; v < V; ++v) rounded.v[v] = static_cast<T>(total[v]);
     values_at<V>(a.grad_x + row * a.channels + c) = rounded;
   });
 }

@@ -3,6 +3,9 @@
 // as the PTX manual says.
 #pragma once
 
+#include <type_traits>
+
+#include "crosspoint/cuda/product.h"
 #include "cuda/platform.h"
 
 #if defined(CROSSPOINT_SIMT)
@@ -120,6 +123,10 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 
 namespace crosspoint::cuda {
+
+// A product that is known when kernels are compiled.
+template <Product product>
+using Constant = std::integral_constant<Product, product>;
 
 // x = high + low, to 2^-22 of it: what a product of low parts would add is below that.
 __device__ __forceinline__ void split_tf32(float x, uint32_t& high, uint32_t& low) {

@@ -8,18 +8,18 @@ namespace {
 
 template <int V>
 struct Total {
-  double value[V] = {};
+  double sums[V] = {};
 
   template <class T>
   __device__ __forceinline__ void add(const Values<T, V>& more) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) value[v] += static_cast<double>(more.value[v]);
+    for (int v = 0; v < V; ++v) sums[v] += static_cast<double>(more.v[v]);
   }
   template <class T>
   __device__ __forceinline__ void store(T* place) const {
     Values<T, V> rounded;
 #pragma unroll
-    for (int v = 0; v < V; ++v) rounded.value[v] = static_cast<T>(value[v]);
+    for (int v = 0; v < V; ++v) rounded.v[v] = static_cast<T>(sums[v]);
     values_at<V>(place) = rounded;
   }
 };

@@ -1,27 +1,29 @@
-// Four neighbouring channels of a row at a time.
+// A few neighbouring channels of a row at a time.
 #pragma once
 
 #include "cuda/platform.h"
 
 namespace crosspoint::cuda {
 
-inline constexpr int kFour = 4;
+// V values that are read and written at once, or by 16 bytes.
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Values {
+  T v[V];
+};
 
+template <int V, class T>
+__device__ __forceinline__ const Values<T, V>& values_at(const T* place) {
+  return *reinterpret_cast<const Values<T, V>*>(place);
+}
+
+template <int V, class T>
+__device__ __forceinline__ Values<T, V>& values_at(T* place) {
+  return *reinterpret_cast<Values<T, V>*>(place);
+}
+
+inline constexpr int kFour = 4;
 template <class T>
-struct alignas(16) Four {
-  T v[kFour];
-};
-struct alignas(4) FourBytes {
-  uint8_t v[kFour];
-};
-template <class T>
-struct FourOf {
-  using type = Four<T>;
-};
-template <>
-struct FourOf<uint8_t> {
-  using type = FourBytes;
-};
+using Four = Values<T, kFour>;
 
 // Whether rows of `stride` elements from an aligned address can be read four at a time.
 inline bool by_fours(int64_t stride) { return stride % kFour == 0; }
@@ -33,10 +35,10 @@ __device__ __forceinline__ int part_of_four(int64_t left) {
 
 // Elements [0, count) of four from p, `fill` beyond; all of them in one access where rows are `whole`.
 template <class T>
-__device__ __forceinline__ typename FourOf<T>::type load_four(const T* p, int count, bool whole, T fill = T(0)) {
-  typename FourOf<T>::type x;
+__device__ __forceinline__ Four<T> load_four(const T* p, int count, bool whole, T fill = T(0)) {
+  Four<T> x;
   if (whole) {
-    if (count > 0) return *reinterpret_cast<const typename FourOf<T>::type*>(p);
+    if (count > 0) return values_at<kFour>(p);
     count = 0;
   }
 #pragma unroll
@@ -45,9 +47,9 @@ __device__ __forceinline__ typename FourOf<T>::type load_four(const T* p, int co
 }
 
 template <class T>
-__device__ __forceinline__ void store_four(T* p, const typename FourOf<T>::type& x, int count, bool whole) {
+__device__ __forceinline__ void store_four(T* p, const Four<T>& x, int count, bool whole) {
   if (whole) {
-    if (count > 0) *reinterpret_cast<typename FourOf<T>::type*>(p) = x;
+    if (count > 0) values_at<kFour>(p) = x;
     return;
   }
 #pragma unroll

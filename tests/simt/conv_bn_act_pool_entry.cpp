@@ -23,13 +23,13 @@ int sums(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t bytes, c
 int gram(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t bytes, const int64_t* lengths, const void* centre,
          int64_t product, int64_t parts, void* gram, double* first) {
   return conv_bn_act_pool_gram(
-      {{batch, n, c_in, x, bytes == 2, lengths}, static_cast<int>(product), parts, centre, gram, first}, nullptr);
+      {{batch, n, c_in, x, bytes == 2, lengths}, static_cast<Product>(product), parts, centre, gram, first}, nullptr);
 }
 
 int pool(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t bytes, const int64_t* lengths, const void* centre,
          const void* weight, const void* gamma, const void* scale, const void* shift, int64_t product, int64_t c_out,
          int64_t tiles, void* values, int32_t* places, int32_t* mask) {
-  return conv_bn_act_pool_tiles({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<int>(product), c_out, tiles, centre,
+  return conv_bn_act_pool_tiles({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<Product>(product), c_out, tiles, centre,
                                  weight, gamma, scale, shift, values, places, mask},
                                 nullptr);
 }
@@ -63,7 +63,7 @@ int terms(int64_t is_double, int64_t batch, int64_t n, int64_t channels, const v
 int x_gradient(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t bytes, const int64_t* lengths,
                const void* centre, int64_t product, int64_t c_out, const int32_t* mask, const int32_t* winner,
                const void* spread, const void* weight, const void* square, void* out) {
-  return conv_bn_act_pool_x_gradient({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<int>(product), c_out, mask,
+  return conv_bn_act_pool_x_gradient({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<Product>(product), c_out, mask,
                                       winner, spread, weight, centre, square, out},
                                      nullptr);
 }
@@ -71,7 +71,7 @@ int x_gradient(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t by
 int weight_gradient(int64_t batch, int64_t n, int64_t c_in, const void* x, int64_t bytes, const int64_t* lengths,
                     const void* centre, int64_t product, int64_t c_out, int64_t parts, const int32_t* mask,
                     const int32_t* winner, const void* spread, void* out) {
-  return conv_bn_act_pool_weight_gradient({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<int>(product), c_out, parts,
+  return conv_bn_act_pool_weight_gradient({{batch, n, c_in, x, bytes == 2, lengths}, static_cast<Product>(product), c_out, parts,
                                            mask, winner, spread, centre, out},
                                           nullptr);
 }

@@ -36,7 +36,7 @@ template <class T>
 EdgeTiles<T> tiles_of(const Tiles& t) {
   return {{t.idx, t.batch, t.n, t.k},        t.c_mid,         static_cast<const T*>(t.nodes),
           static_cast<const T*>(t.gain),     static_cast<const T*>(t.shift),
-          t.negative_slope,                  static_cast<TileProduct>(t.product)};
+          t.negative_slope,                  static_cast<Product>(t.product)};
 }
 
 template <class T>

@@ -63,8 +63,17 @@ def wrong_index() -> SimpleNamespace:
     return case
 
 
+def far(mode: str) -> SimpleNamespace:
+    """Clouds far from the origin and from one another."""
+    case = layer(2, 14, 4, mode=mode, missing=0.0, seed=11)
+    case.tensors[0] += torch.tensor([300.0, -500.0])[:, None, None]
+    return case
+
+
 CASES = {
     "training": layer(),
+    "far_from_the_origin": far("training"),
+    "far_evaluation": far("evaluation"),
     "by_fours": layer(2, 21, 5, 8, 20, seed=1),
     "evaluation": layer(mode="evaluation"),
     "no_norm": layer(mode="no_norm", c_in=4, c_out=16),

@@ -141,8 +141,16 @@ def hub() -> SimpleNamespace:
     return case
 
 
+def far() -> SimpleNamespace:
+    """Clouds far from the origin and from one another."""
+    case = block(2, 14, 4, missing=0.0, seed=11)
+    case.parameters[0] += torch.tensor([300.0, -500.0])[:, None, None]
+    return case
+
+
 CASES = {
     "training": block(),
+    "far_from_the_origin": far(),
     "by_fours": block(1, 21, 3, 4, 20, 12, seed=1),
     "evaluation": block(mode="evaluation"),
     "no_norm": block(mode="no_norm", slope=0.0),

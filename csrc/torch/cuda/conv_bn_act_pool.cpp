@@ -20,7 +20,7 @@ void sums(const Tensor& x, const Lengths& lengths, Tensor out) {
 
 void gram(const Tensor& x, const Lengths& lengths, const Tensor& centre, int64_t product, Tensor gram, Tensor first) {
   const OnDeviceOf device(x);
-  const cuda::PoolGramArgs args{cloud_of(x, lengths),    static_cast<int>(product), gram.size(0),
+  const cuda::PoolGramArgs args{cloud_of(x, lengths),    static_cast<cuda::Product>(product), gram.size(0),
                                 centre.const_data_ptr(), gram.mutable_data_ptr(),   mutable_data<double>(first)};
   throw_if_failed(cuda::conv_bn_act_pool_gram(args, device.stream()), "conv_bn_act_pool: gram");
 }
@@ -30,7 +30,7 @@ void pool(const Tensor& x, const Lengths& lengths, const Tensor& centre, const T
           std::optional<Tensor> mask) {
   const OnDeviceOf device(x);
   const cuda::PoolArgs args{cloud_of(x, lengths),
-                            static_cast<int>(product),
+                            static_cast<cuda::Product>(product),
                             weight.size(0),
                             values.size(2),
                             centre.const_data_ptr(),
@@ -100,7 +100,7 @@ void x_gradient(const Tensor& mask, const Tensor& spread, const Tensor& winner, 
                 const Lengths& lengths, const Tensor& centre, std::optional<Tensor> square, int64_t product, Tensor out) {
   const OnDeviceOf device(x);
   const cuda::PoolXGradientArgs args{cloud_of(x, lengths),
-                                     static_cast<int>(product),
+                                     static_cast<cuda::Product>(product),
                                      weight.size(0),
                                      data<int32_t>(mask),
                                      data<int32_t>(winner),
@@ -115,7 +115,7 @@ void x_gradient(const Tensor& mask, const Tensor& spread, const Tensor& winner, 
 void weight_gradient(const Tensor& mask, const Tensor& spread, const Tensor& winner, const Tensor& x,
                      const Lengths& lengths, const Tensor& centre, int64_t product, Tensor out) {
   const OnDeviceOf device(x);
-  const cuda::PoolWeightGradientArgs args{cloud_of(x, lengths),    static_cast<int>(product), out.size(1),
+  const cuda::PoolWeightGradientArgs args{cloud_of(x, lengths),    static_cast<cuda::Product>(product), out.size(1),
                                           out.size(0),             data<int32_t>(mask),       data<int32_t>(winner),
                                           spread.const_data_ptr(), centre.const_data_ptr(),   out.mutable_data_ptr()};
   throw_if_failed(cuda::conv_bn_act_pool_weight_gradient(args, device.stream()), "conv_bn_act_pool: weight_gradient");

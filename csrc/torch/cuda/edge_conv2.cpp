@@ -16,7 +16,7 @@ cuda::EdgeTiles<T> tiles_of(const Tensor& nodes, const Tensor& idx, const Tensor
           data<T>(gain),
           data<T>(shift),
           negative_slope,
-          static_cast<cuda::TileProduct>(product)};
+          static_cast<cuda::Product>(product)};
 }
 
 int bytes_of(const Tensor& slot) { return slot.scalar_type() == ScalarType::Byte ? 1 : 4; }

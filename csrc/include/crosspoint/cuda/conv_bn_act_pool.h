@@ -7,12 +7,9 @@
 
 #include <cstdint>
 
-namespace crosspoint::cuda {
+#include "crosspoint/cuda/product.h"
 
-// How h is multiplied, in the order of crosspoint.kernels._precision.PRODUCTS.
-struct PoolProduct {
-  static constexpr int bf16 = 0, tf32 = 2, tf32x3 = 3, float64 = 4;
-};
+namespace crosspoint::cuda {
 
 struct PoolCloud {
   int64_t batch, n, c_in;
@@ -33,7 +30,7 @@ cudaError_t conv_bn_act_pool_sums(const PoolSumsArgs&, cudaStream_t);
 // Sums over a part of the rows of x' x'^T, x' rounded as the product takes it, and of x'. T: double for float64.
 struct PoolGramArgs {
   PoolCloud cloud;
-  int product;
+  Product product;
   int64_t parts;
   const void* centre;  // (c_in) T
   void* gram;          // (parts, c_in, c_in) T
@@ -44,8 +41,8 @@ cudaError_t conv_bn_act_pool_gram(const PoolGramArgs&, cudaStream_t);
 // Of h of each tile of rows and channel.
 struct PoolArgs {
   PoolCloud cloud;
-  int product;
-  int64_t c_out, tiles;  // tiles of pool_tile_rows(product) rows
+  Product product;
+  int64_t c_out, tiles;  // tiles of 128 rows, of float64 32
   const void* centre;    // (c_in) T
   const void* weight;    // (c_out, c_in) T, bfloat16 for bf16
   const void* gamma;     // (c_out) T: where it is 0, every h counts as 0 in the maximum
@@ -55,7 +52,6 @@ struct PoolArgs {
   int32_t* places;       // (2, batch, tiles, c_out): the winner's row (-1: no row), how many z > 0
   int32_t* mask;         // (batch, n, ceil(c_out / 32)): bit c % 32 of word c / 32 is z > 0 of channel c; or null
 };
-int64_t pool_tile_rows(int product);
 cudaError_t conv_bn_act_pool_tiles(const PoolArgs&, cudaStream_t);
 
 // The tiles joined cloud by cloud.
@@ -96,7 +92,7 @@ cudaError_t conv_bn_act_pool_terms(const PoolTermsArgs<double>&, cudaStream_t);
 // out (batch, n, c_in) = g weight + x' square, 0 in rows past lengths.
 struct PoolXGradientArgs {
   PoolCloud cloud;
-  int product;
+  Product product;
   int64_t c_out;
   const int32_t *mask, *winner;
   const void* spread;  // (3, batch, c_out) T
@@ -110,7 +106,7 @@ cudaError_t conv_bn_act_pool_x_gradient(const PoolXGradientArgs&, cudaStream_t);
 // out (parts, c_out, c_in) T = g^T x', summed over a part of the rows.
 struct PoolWeightGradientArgs {
   PoolCloud cloud;
-  int product;
+  Product product;
   int64_t c_out, parts;
   const int32_t *mask, *winner;
   const void* spread;

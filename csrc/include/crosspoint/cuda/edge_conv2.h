@@ -8,13 +8,11 @@
 #include <cstdint>
 
 #include "crosspoint/cuda/edge_conv.h"
+#include "crosspoint/cuda/product.h"
 
 namespace crosspoint::cuda {
 
 inline constexpr int64_t kTileEdges = 64;
-
-// How tiles are multiplied: a place in crosspoint.kernels._precision.PRODUCTS.
-enum class TileProduct : int { bf16 = 0, tf32 = 2, tf32x3 = 3, float64 = 4 };
 
 // The first layer on edge (i, j): z1 = gain (U_j + V_i) + shift, a = leaky(z1) - leaky(shift).
 template <class T>
@@ -25,7 +23,7 @@ struct EdgeTiles {
   const T* gain;   // (c_mid)
   const T* shift;  // (batch, c_mid)
   double negative_slope;
-  TileProduct product;
+  Product product;  // of float: not f16
 };
 
 // The largest h = weight a over the edges of each node, signed by gamma: of equal ones the first, a NaN before all; where

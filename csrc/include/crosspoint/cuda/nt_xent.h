@@ -6,11 +6,10 @@
 
 #include <cstdint>
 
+#include "crosspoint/cuda/product.h"
+
 namespace crosspoint::cuda {
 
-// How rows are multiplied, in the order of crosspoint.kernels._precision.PRODUCTS. tf32x3 keeps the digits of float32
-// by three products of tf32.
-enum class Product : int { bf16, f16, tf32, tf32x3, float64 };
 enum class Float : int { bf16, f16, float32, float64 };
 
 // Embeddings as they were given: (N, channels).
