@@ -89,8 +89,10 @@ CASES = {
 # More work than the watched build does in a second.
 LARGE = {
     "several_chunks": Search(cloud(1, 2100, 3), 20, query=cloud(1, 40, 3, seed=1)),
-    "several_chunks_of_duplicates": Search(duplicates(1, 1300, 6, unique=4), 30),
-    "large_cloud": Search(cloud(1, 1500, 3), 16, include_self=False),
+    "several_chunks_of_duplicates": Search(
+        duplicates(1, 1300, 6, unique=4), 30, query=duplicates(1, 40, 6, unique=7)
+    ),
+    "large_cloud": Search(cloud(1, 1100, 3), 16, include_self=False),
     "many_features": Search(cloud(1, 400, 64), 20),
     "many_features_of_few_kinds": Search(duplicates(1, 300, 48, unique=30), 20, include_self=False),
 }
@@ -177,13 +179,22 @@ def check(device: Device, search: Search, path: str) -> None:
     torch.testing.assert_close(dist2, dist2_expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
+each_path = pytest.mark.parametrize("path", [path for path in PATHS if path != "automatic"])
+
+
+@each_path
 @pytest.mark.parametrize("name", CASES)
 def test_small(device, name, path):
     check(device, CASES[name], path)
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "automatic"])
+@pytest.mark.parametrize("name", CASES)
+def test_automatic(device, name):
+    if device.kind == "plain":  # it runs what `test_small` ran
+        check(device, CASES[name], "automatic")
+
+
+@each_path
 @pytest.mark.parametrize("name", LARGE)
 def test_large(device, name, path):
     if device.kind == "plain":
