@@ -99,6 +99,12 @@ class CrossPoint(nn.Module):
             images: (B, 3, H, W), normalised floats, an image of each shape; or (B, V, 3, H, W), V of each.
             lengths: (B,) valid points per cloud, the same in both views; None: all N.
         """
+        return self.losses(*self.project(view1, view2, images, lengths))
+
+    def project(
+        self, view1: Tensor, view2: Tensor, images: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The projections that `losses` compares, (B, D): of both views, and of the images if they are compared."""
         if view1.shape != view2.shape:
             raise ValueError(
                 f"both views must have one shape (B, N, 3), got {tuple(view1.shape)}, {tuple(view2.shape)}"
@@ -110,13 +116,15 @@ class CrossPoint(nn.Module):
             feature = self.point_encoder(points)
         else:
             feature = self.point_encoder(points, torch.cat([lengths, lengths]))
-        z1, z2 = self.point_encoder.projection(feature).chunk(2)
+        views = self.point_encoder.projection(feature).chunk(2)
+        return (*views, self.project_images(images)) if self.cross_weight else views
+
+    def losses(self, z1: Tensor, z2: Tensor, z_image: Tensor | None = None) -> CrossPointOutput:
+        """The losses of projections (B, D)."""
         intra_modal = cross_modal = z1.new_zeros(())
-        z_image = None
         if self.intra_weight:
             intra_modal = self.criterion(z1, z2)
         if self.cross_weight:
-            z_image = self.project_images(images)
             cross_modal = self.criterion((z1 + z2) / 2, z_image)
         loss = self.intra_weight * intra_modal + self.cross_weight * cross_modal
         return CrossPointOutput(loss, intra_modal, cross_modal, z1, z2, z_image)

@@ -40,8 +40,11 @@ class PretrainConfig:
     epochs: int = 100
     """Passes over the shapes; the learning rate falls along a cosine over all of them."""
     batch_size: int = 20
-    """Shapes per step. What is left of an epoch's shuffle after the last full batch waits for the next epoch:
-    a small batch would give its anchors few negatives."""
+    """Shapes per step, of all processes together. What is left of an epoch's shuffle after the last full batch waits
+    for the next epoch: a small batch would give its anchors few negatives."""
+    part_size: int | None = None
+    """Encode this many shapes at a time, in each process, and each twice: for batches whose activations do not fit. The
+    losses still compare the whole batch, but batch norm sees parts. None: the whole batch at once."""
     points: int = 2048
     """Points per cloud."""
     image_size: int = 224
@@ -59,7 +62,8 @@ class PretrainConfig:
     workers: int = 2
     """Processes that load data; 0 loads in the training process. Changes no result."""
     device: str = "auto"
-    """"auto" (the first GPU, else the CPU) or a torch device such as "cpu" or "cuda:1"."""
+    """"auto" (the first GPU, under torchrun one for each process, else the CPU) or a torch device such as "cpu" or
+    "cuda:1"."""
     amp: bool = False
     """Compute the forward pass in bfloat16 where autocast allows it."""
     checkpoint_every: int = 0
@@ -79,6 +83,12 @@ class PretrainConfig:
             ("lr", self.lr > 0, "be positive"),
             ("weight_decay", self.weight_decay >= 0, "not be negative"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
+            (
+                "part_size",
+                self.part_size is None
+                or (self.part_size > 0 and self.batch_size // -(-self.batch_size // self.part_size) > 1),
+                "leave each of the even parts of a batch two shapes, for batch norm",
+            ),
             ("crop", self.crop is None or 0 < self.crop <= 1, "be a share of the area in (0, 1], or none"),
         ):
             if not allowed:

@@ -10,7 +10,7 @@ from pathlib import Path
 from crosspoint._files import replace_file
 from crosspoint._optional import require
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["NoLog", "RunLog", "read_log"]
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -68,3 +68,19 @@ class RunLog:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+
+class NoLog:
+    """What ranks write that are not the first: nothing."""
+
+    def __init__(self, folder: Path, **_: int) -> None:
+        pass
+
+    def advance(self, loss: float, epoch: str) -> None:
+        pass
+
+    def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -3,33 +3,42 @@
 Every random decision is a function of the seed and the step (or epoch): the order of the shapes, the view of
 each, both augmentations, and PyTorch's global generator during the step. So a run that is killed and resumed
 from a checkpoint, in the middle of an epoch too, goes through the same numbers as one that never stopped.
+
+Several processes (`torchrun -m crosspoint pretrain ...`) share each batch: every rank loads and encodes its part of it.
+Negatives and batch statistics come from all of them, so a step computes what one process would with the whole batch;
+only augmentations and dropout are drawn by each rank for itself. The first rank writes the run folder, which all must
+see.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosspoint import models
-from crosspoint._device import resolve_device
 from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
+from crosspoint.train.cached import cached_backward
 from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
-from crosspoint.train.log import RunLog
+from crosspoint.train.log import NoLog, RunLog
+from crosspoint.train.ranks import Ranks, joined
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
 
 __all__ = ["learning_rate", "pretrain"]
@@ -44,24 +53,35 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run (or, with `config.resume`, continue) the pre-training that `config` describes; returns a summary.
 
     The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt, weights.safetensors and README.md, a model card.
+    Under torchrun (or in a process group of the caller) this process is one of several; any number of them can continue
+    a run, and where torchrun has restarted them they do so unasked.
 
     Raises:
         FileExistsError: the folder holds a run and `resume` is off.
         FileNotFoundError: there is no data.
         ValueError: the options cannot work, or are not those of the run to continue.
         FloatingPointError: the loss or a gradient is not finite; the state before that step is saved.
-        KeyboardInterrupt: SIGINT or SIGTERM came; the state is saved.
+        KeyboardInterrupt: SIGINT or SIGTERM came, on any rank; the state is saved.
+        ConnectionError: another rank is gone.
     """
     config.validate()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        config = dataclasses.replace(config, resume=True)
     out = Path(config.out)
-    state = _find_state(config, out)
-    device = resolve_device(config.device)
-    dataset = _dataset(config, out)
-    out.mkdir(parents=True, exist_ok=True)
-    if state is None:
-        save_config(out / "config.yaml", _without_resume(config))
-    with isolated(device):
-        return _Run(config, dataset, device, state).train()
+    with joined(config.device) as ranks:
+        if config.batch_size < ranks.world:
+            raise ValueError(
+                f"batch_size must be at least {ranks.world}, one shape a rank, got {config.batch_size}"
+            )
+        state = _find_state(config, out, log.info if ranks.first else log.debug)
+        ranks.barrier()  # all have looked before one writes
+        dataset = ranks.first_then_all(lambda: _dataset(config, out))
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            if state is None:
+                save_config(out / "config.yaml", _without_resume(config))
+        with isolated(ranks.device):
+            return _Run(config, dataset, ranks, state).train()
 
 
 def learning_rate(config: PretrainConfig, epoch: int) -> float:
@@ -71,15 +91,15 @@ def learning_rate(config: PretrainConfig, epoch: int) -> float:
 
 class _Run:
     def __init__(
-        self, config: PretrainConfig, dataset: PairDataset, device: torch.device, state: TrainState | None
+        self, config: PretrainConfig, dataset: PairDataset, ranks: Ranks, state: TrainState | None
     ) -> None:
-        self.config, self.dataset, self.device = config, dataset, device
+        self.config, self.dataset, self.ranks, self.device = config, dataset, ranks, ranks.device
         self.out = Path(config.out)
         self.shapes = _fingerprint(dataset)
         self.steps_per_epoch = len(dataset) // config.batch_size
         self.total = config.epochs * self.steps_per_epoch
         torch.manual_seed(derive_seed(config.seed, _INIT))
-        self.model = models.build(config.model).to(device).train()
+        self.model = models.build(config.model).to(self.device).train()
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -88,21 +108,31 @@ class _Run:
         self.step, self.metrics, self.seconds = 0, {}, 0.0
         if state is not None:
             self._restore(state)
+        if ranks.world > 1:
+            self.model.synchronise()
+        self.averaging = None
+        if ranks.world > 1 and config.part_size is None:
+            self.averaging = DistributedDataParallel(
+                self.model,
+                find_unused_parameters=not config.model.cross_weight,  # the image encoder's
+            )
 
     def train(self) -> dict[str, Any]:
         config = self.config
         left_out = len(self.dataset) % config.batch_size
-        log.info(
-            "%d shapes, %d steps of %d an epoch%s, %d epochs, on %s%s",
+        (log.info if self.ranks.first else log.debug)(
+            "%d shapes, %d steps of %d an epoch%s, %d epochs, on %s%s%s",
             len(self.dataset),
             self.steps_per_epoch,
             config.batch_size,
             f" ({left_out} shapes, different ones, sit out each)" if left_out else "",
             config.epochs,
             self.device,
+            f" and {self.ranks.world - 1} more" if self.ranks.world > 1 else "",
             f"; continuing after step {self.step} of {self.total}" if self.step else "",
         )
-        run_log = RunLog(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
+        open_log = RunLog if self.ranks.first else NoLog
+        run_log = open_log(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
         before, started = self.seconds, time.perf_counter()
         with contextlib.closing(run_log), Signals() as signals:
             for batch in self._batches():
@@ -115,12 +145,13 @@ class _Run:
                 if ends_epoch or self.step % config.log_every == 0:
                     run_log.write(self.step, epoch + 1, self.metrics)
                 every = config.checkpoint_every or self.steps_per_epoch
-                if signals.received or self.step % every == 0 or self.step == self.total:
+                stop = self.ranks.any(bool(signals.received))
+                if stop or self.step % every == 0 or self.step == self.total:
                     self._save()
-                if signals.received and self.step < self.total:
+                if stop and self.step < self.total:
                     raise KeyboardInterrupt(
-                        f"stopped by {signals.received} after step {self.step} of {self.total}; "
-                        "the state is saved: the same command with --resume continues"
+                        f"stopped by {signals.received or 'a signal to another rank'} after step {self.step} of "
+                        f"{self.total}; the state is saved: the same command with --resume continues"
                     )
         return {
             "out": str(self.out),
@@ -137,7 +168,7 @@ class _Run:
         return iter(
             DataLoader(
                 _AtEpoch(self.dataset),
-                batch_sampler=_Schedule(len(self.dataset), config, self.step, self.total),
+                batch_sampler=_Schedule(len(self.dataset), config, self.ranks, self.step, self.total),
                 num_workers=config.workers,
                 pin_memory=self.device.type == "cuda",
                 worker_init_fn=_ignore_interrupts,
@@ -147,9 +178,10 @@ class _Run:
 
     def _train_step(self, batch: dict[str, Tensor], epoch: int) -> dict[str, float]:
         config, device, step = self.config, self.device, self.step
-        torch.manual_seed(derive_seed(config.seed, _STEP, step))
+        torch.manual_seed(derive_seed(config.seed, _STEP, step, *self.ranks.key))
         # On the CPU, so that every device sees the same views.
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, _AUGMENT, step))
+        seed = derive_seed(config.seed, _AUGMENT, step, *self.ranks.key)
+        generator = torch.Generator().manual_seed(seed)
         points = batch["points"].to(device, non_blocking=True)  # (B, N, 3)
         images = batch["image"].to(device, non_blocking=True)  # (B, [V,] 3, H, W), uint8
         view1 = self.cloud_augmentation(points, generator)
@@ -162,9 +194,7 @@ class _Run:
             group["lr"] = lr
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.amp):
-            output = self.model(view1, view2, images)
-        output.loss.backward()
+        output = self._backward(view1, view2, images)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         values = torch.stack([output.loss, output.intra_modal, output.cross_modal, norm]).tolist()
@@ -172,20 +202,44 @@ class _Run:
         if not all(map(math.isfinite, values)):
             for buffer, former in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(former)
-            self._stop_at_non_finite(metrics, batch)
+            self._stop_at_non_finite(metrics)
         self.optimizer.step()
         return {**metrics, "lr": lr}
 
-    def _stop_at_non_finite(self, metrics: dict[str, float], batch: dict[str, Tensor]) -> None:
+    def _backward(self, view1: Tensor, view2: Tensor, images: Tensor) -> models.CrossPointOutput:
+        """The losses of the step; parameters get their gradients, the same on all ranks."""
+
+        def autocast() -> torch.autocast:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
+
+        if self.config.part_size is None:
+            with autocast():
+                output = (self.averaging or self.model)(view1, view2, images)
+            output.loss.backward()
+            return output
+        largest = -(-self.config.batch_size // self.ranks.world)  # rank's share
+        parts = -(-largest // self.config.part_size)
+        output = cached_backward(self.model, view1, view2, images, parts=parts, autocast=autocast)
+        self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        return output
+
+    def _stop_at_non_finite(self, metrics: dict[str, float]) -> None:
         self._save()
         values = ", ".join(f"{name} {value}" for name, value in metrics.items())
-        names = ", ".join(self.dataset.names[i] for i in batch["index"].tolist())
+        schedule = _Schedule(len(self.dataset), self.config, Ranks(self.device), self.step, self.step + 1)
+        names = ", ".join(self.dataset.names[i] for _, i in next(iter(schedule)))
         raise FloatingPointError(
             f"step {self.step + 1}: {values}; the state before it is saved, --resume repeats the step. "
             f"Its shapes: {names}. Look for NaN or infinity in them, else lower --lr"
         )
 
     def _save(self) -> None:
+        """On the first rank; the others wait, so that none goes on, or ends, before the state is there."""
+        if self.ranks.first:
+            self._write()
+        self.ranks.barrier()
+
+    def _write(self) -> None:
         # Weights first: a kill in between leaves a state that will write them again.
         checkpoints.save_model(self.out / "weights.safetensors", self.model, self.config.model)
         state = TrainState(
@@ -236,10 +290,10 @@ class _AtEpoch(Dataset):
 
 
 class _Schedule(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) pairs of every step from `first` to the end of the run."""
+    """This rank's (epoch, index) pairs of every step from `first` to the end of the run."""
 
-    def __init__(self, shapes: int, config: PretrainConfig, first: int, total: int) -> None:
-        self.shapes, self.config, self.first, self.total = shapes, config, first, total
+    def __init__(self, shapes: int, config: PretrainConfig, ranks: Ranks, first: int, total: int) -> None:
+        self.shapes, self.config, self.ranks, self.first, self.total = shapes, config, ranks, first, total
 
     def __len__(self) -> int:
         return self.total - self.first
@@ -252,7 +306,7 @@ class _Schedule(Sampler[list[tuple[int, int]]]):
             if epoch != order_epoch:
                 generator = torch.Generator().manual_seed(derive_seed(self.config.seed, _SHUFFLE, epoch))
                 order, order_epoch = torch.randperm(self.shapes, generator=generator).tolist(), epoch
-            yield [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
+            yield [(epoch, index) for index in self.ranks.part(order[batch * size : (batch + 1) * size])]
 
 
 def _ignore_interrupts(_: int) -> None:
@@ -261,7 +315,7 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _find_state(config: PretrainConfig, out: Path) -> TrainState | None:
+def _find_state(config: PretrainConfig, out: Path, say: Callable[..., None]) -> TrainState | None:
     if not config.resume:
         for name in ("state.pt", "config.yaml"):
             if (out / name).exists():
@@ -270,7 +324,7 @@ def _find_state(config: PretrainConfig, out: Path) -> TrainState | None:
                 )
         return None
     if not (out / "state.pt").exists():
-        log.info("%s holds no checkpoint yet: starting at step 0", out)
+        say("%s holds no checkpoint yet: starting at step 0", out)
         return None
     state = load_state(out / "state.pt")
     check_same_run(state.config, config_to_dict(config))

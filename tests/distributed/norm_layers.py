@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosspoint import models, ops
 from crosspoint.nn import EdgeConv2, SharedLinear, SyncBatchNorm, convert_sync_batch_norm
+from crosspoint.train.cached import cached_backward
+from crosspoint.train.ranks import Ranks
 
 CLOUDS = {1: [8], 2: [5, 3], 3: [4, 0, 4], 4: [1, 3, 2, 2]}  # of each rank
 N, K, C_IN, C_OUT = 20, 4, 5, 7
@@ -122,9 +124,48 @@ def crosspoint(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Modul
     return {"loss": out.loss.detach(), **gradients, **dict(model.named_buffers())}
 
 
-def results(rank: int, world: int, group) -> dict:
+PARTS = 2
+
+
+def in_parts(
+    ranks: list[dict[str, Tensor]], backward: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+) -> dict:
+    """A step of CrossPoint on a batch that is cut: part i is that of all ranks. backward(model, (view1, view2, images))
+    gives the loss, of the clouds of all `ranks` one behind the other."""
+    torch.manual_seed(7)
+    model = models.CrossPoint(models.PointNet(projection_dim=8), TinyImages()).double()
+    x = torch.cat([own["x"] for own in ranks])
+    loss = backward(model, (x[..., :3], x[..., 2:5], x[:, :18, :3].reshape(-1, 3, 6, 3)))
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {"loss": loss.detach(), **gradients, **dict(model.named_buffers())}
+
+
+def cached(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    loss = cached_backward(model.synchronise(), *batch, parts=PARTS).loss
+    Ranks(torch.device("cpu"), world=distributed.get_world_size()).average(
+        [p.grad for p in model.parameters()]
+    )
+    return loss
+
+
+def plainly(world: int, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Part i of every rank together, all parts' activations kept."""
+    ends = list(itertools.accumulate(CLOUDS[world], initial=0))
+    cuts = [torch.arange(*pair).tensor_split(PARTS) for pair in itertools.pairwise(ends)]
+    z = [model.project(*(t[torch.cat(part)] for t in batch)) for part in zip(*cuts, strict=True)]
+    loss = model.losses(*(torch.cat(parts) for parts in zip(*z, strict=True))).loss
+    loss.backward()
+    return loss
+
+
+def share(rank: int, world: int) -> dict[str, Tensor]:
+    """What a rank has of the inputs."""
     first = sum(CLOUDS[world][:rank])
-    own = {name: t[first : first + CLOUDS[world][rank]] for name, t in inputs().items()}
+    return {name: t[first : first + CLOUDS[world][rank]] for name, t in inputs().items()}
+
+
+def results(rank: int, world: int, group) -> dict:
+    own = share(rank, world)
     found = {}
     for op, impl in itertools.product(LAYERS, ("native", "reference")):
         if (op, impl) != ("edge_conv2", "native") or world == 1:
@@ -143,4 +184,5 @@ def results(rank: int, world: int, group) -> dict:
         found["half"] = norm(own["x"].flatten(0, 1).bfloat16())
     found["running"] = norm.running_var
     found["crosspoint"] = crosspoint(own, lambda model: DistributedDataParallel(model.synchronise()))
+    found["cached"] = in_parts([own], cached)
     return found

@@ -98,6 +98,13 @@ def test_crosspoint_under_ddp(results, world):
     assert_same([rank["norms"]["crosspoint"] for rank in results(world)], whole, 1e-10, average=True)
 
 
+@worlds
+def test_a_cached_step_over_ranks(results, world):
+    """Embedding caching: two parts on every rank equal one process that keeps all activations of the same parts."""
+    whole = norm_layers.in_parts([norm_layers.inputs()], functools.partial(norm_layers.plainly, world))
+    assert_same([rank["norms"]["cached"] for rank in results(world)], whole, 1e-11, average=True)
+
+
 @several
 def test_autocast(results, world):
     x = norm_layers.inputs()["x"].flatten(0, 1).bfloat16()

@@ -378,6 +378,7 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"up": "x"}, "up must be 'y' or 'z'"),
+        ({"part_size": 1}, "part_size must leave each of the even parts"),
         ({"crop": 0.0}, "crop must be a share of the area"),
         ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),
