@@ -11,21 +11,25 @@ import numpy as np
 import pytest
 import torch
 
+import test_gather
 from crosspoint.ops import reference
 from crosspoint.testing import assert_same_graph
 from knn_calls import PATHS, Knn, ReverseGraph, kernels, knn_workspace
-from simt_harness import Device, builds_here
+from simt_harness import ROOT, Device
 
 FAR = 1 << 31
 BLOCKS = 64  # of the last cloud that run, at most
-pytestmark = pytest.mark.skipif("plain" not in builds_here(), reason="the sanitizers need real memory")
+LARGEST_GRID, THREADS = 1 << 20, 256  # of grid_of in cuda/platform.h, where it is called here
 
 
-def first_of_the_last(batch: int):
-    """The first blocks that the last cloud of a batch takes: every cloud takes as many."""
+def first_of_the_last(batch: int, items: int = 0):
+    """The first blocks that the last cloud of a batch takes: every cloud takes as many, or so many items of threads
+    that go on by strides of the largest grid."""
 
     def choose(blocks: int) -> range:
         first = blocks * (batch - 1) // batch
+        if blocks == LARGEST_GRID:
+            first = (batch - 1) * items % (blocks * THREADS) // THREADS
         return range(first, min(blocks, first + BLOCKS))
 
     return choose
@@ -167,15 +171,45 @@ def test_the_last_graph_is_turned_around(device):
     workspace = device.sparse(size, np.uint8)
     idx[-1] = np.random.default_rng(2).integers(-1, n, (nodes, k))
 
-    def choose(blocks: int) -> range:
-        if blocks != 1 << 20:
-            return first_of_the_last(batch)(blocks)
-        threads = 256 * blocks  # that go on by strides of the grid: which of them reach the last graph
-        first = (batch - 1) * (edges + 1) % threads // 256
-        return range(first, first + (edges + 1) // 256 + 2)
-
-    device.choose_blocks(choose)
+    device.choose_blocks(first_of_the_last(batch, edges + 1))
     device.call("reverse_graph", args, workspace)
     targets = idx[-1].ravel()
     for j in range(n):
         assert np.array_equal(turned[-1, start[-1, j] : start[-1, j + 1]], np.flatnonzero(targets == j))
+
+
+@pytest.fixture(scope="module")
+def gather():
+    entry, cuda = Path(__file__).with_name("gather_entry.cpp"), ROOT / "csrc" / "cuda"
+    return Device([entry, cuda / "gather_max.cu", cuda / "neighbor_sum.cu"], "plain")
+
+
+@pytest.mark.parametrize("function", ["neighbor_sum", "gather_max"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_last_rows_are_gathered(gather, function, backward):
+    """As those of a cloud alone."""
+    x, idx = test_gather.make(1, 40, k=20, channels=16, missing=0.3)
+    out, slots = test_gather.run(gather, function, x, idx, 40, None, (0, 1))
+    if backward:
+        function += "_backward"
+        out, _ = test_gather.run(gather, function, x, idx, 40, slots if len(slots) else None, (0, 1))
+    start, edges = test_gather.turned(idx, 40)
+    given = {"rows": x.numpy(), "idx": idx.numpy(), "start": start, "edges": edges, "out": 0 * out.numpy()}
+    given["slots"] = slots.numpy() if backward and len(slots) else np.zeros(out.shape, np.int32)
+    batch = beyond(out[0].numel())
+    try:
+        far = {name: gather.sparse((batch, *x.shape[1:]), x.dtype, name) for name, x in given.items()}
+        for name, values in given.items():
+            far[name][-1] = values[0]
+        call = test_gather.Call(
+            0, batch, 40, 40, 20, 16, **{name: array.ctypes.data for name, array in far.items()}
+        )
+        gather.configure()
+        gather.choose_blocks(first_of_the_last(batch, out[0].numel() // 4))
+        gather.call(function, call)
+        assert np.array_equal(far["out"][-1], out[0].numpy())
+        if function == "gather_max":
+            assert np.array_equal(far["slots"][-1], slots[0].numpy())
+    finally:
+        gather.choose_blocks(None)
+        gather.free()
