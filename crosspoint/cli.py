@@ -39,6 +39,14 @@ _COMMANDS = {
         ("meshes", "out"),
         "crosspoint prepare meshes/ data/ --points 2048 --views 12",
     ),
+    "pack": _Command(
+        "pack such pairs into memory-mapped shards, which train faster",
+        "crosspoint.data.pack",
+        "PackConfig",
+        "pack",
+        ("data", "out"),
+        "crosspoint pack data/ packed/",
+    ),
     "pretrain": _Command(
         "pre-train an encoder on such pairs, without labels",
         "crosspoint.train",

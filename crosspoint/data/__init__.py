@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         load_modelnet40_text,
         write_modelnet40,
     )
+    from crosspoint.data.pack import PackedPairs
     from crosspoint.data.pairs import PairDataset
     from crosspoint.data.parts import PartClouds, load_parts
     from crosspoint.data.s3dis import RoomBlocks, load_s3dis
@@ -23,6 +24,7 @@ __all__ = [
     "CloudAugmentation",
     "ImageAugmentation",
     "LabelledClouds",
+    "PackedPairs",
     "PairDataset",
     "PartClouds",
     "RoomBlocks",
@@ -39,6 +41,7 @@ _MODULES = {
     "CloudAugmentation": "augment",
     "ImageAugmentation": "augment",
     "LabelledClouds": "modelnet",
+    "PackedPairs": "pack",
     "PairDataset": "pairs",
     "PartClouds": "parts",
     "RoomBlocks": "s3dis",

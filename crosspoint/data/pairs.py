@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 from crosspoint._optional import require
 from crosspoint.data.ply import read_points
 
-__all__ = ["PairDataset"]
+__all__ = ["PairDataset", "check_sizes"]
 
 _LAYOUT = (
     "expected layout: ROOT/ShapeNet/<class>/<id>.ply and ROOT/ShapeNetRendering/<class>/<id>/rendering/*.png "
@@ -42,7 +42,8 @@ class PairDataset(Dataset):
 
     Item: {"points": float32 (points, 3), "image": uint8 (3, image_size, image_size), "index": int}; with several views,
     "image" is (views, 3, image_size, image_size).
-    `names` lists "<class>/<id>", sorted; `classes` the classes, sorted.
+    `names` lists "<class>/<id>", sorted; `classes` the classes, sorted; `views_per_shape` how many images each shape
+    has.
     """
 
     def __init__(
@@ -55,16 +56,11 @@ class PairDataset(Dataset):
         views: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
     ) -> None:
-        for name, value in (("points", points), ("image_size", image_size), ("views", views)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        check_sizes(points, image_size, views)
         self._image = require("PIL.Image", extra="train")
-        self.root, self.points, self.image_size, self.seed = Path(root), points, image_size, seed
-        # Shared memory: loader processes that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._worker_epoch: int | None = None
+        self.root, self.points, self.image_size = Path(root), points, image_size
         self.skipped: list[tuple[Path, str]] = []
         skip = self._note if on_error == "skip" else None
 
@@ -94,14 +90,21 @@ class PairDataset(Dataset):
             self._warn()
         if not clouds:
             raise ValueError(f"no usable shape under {self.root}: {_summary(self.skipped)}; {_LAYOUT}")
-        self.names = [name for name, _ in clouds]
-        self.classes = sorted({name.split("/")[0] for name in self.names})
         self._clouds = np.stack([cloud for _, cloud in clouds])
-        self._views, self._drawn = files_of, views
-        few = [name for name, files in zip(self.names, files_of, strict=True) if len(files) < views]
+        self._files = files_of
+        self._set_up([name for name, _ in clouds], list(map(len, files_of)), seed, views)
+
+    def _set_up(self, names: list[str], views_per_shape: list[int], seed: int, drawn: int) -> None:
+        """What draws depend on, wherever clouds and views are kept."""
+        self.names, self.views_per_shape, self.seed, self._drawn = names, views_per_shape, seed, drawn
+        self.classes = sorted({name.split("/")[0] for name in names})
+        # Shared memory: loader processes that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._worker_epoch: int | None = None
+        few = [name for name, views in zip(names, views_per_shape, strict=True) if views < drawn]
         if few:
             raise ValueError(
-                f"{len(few)} shapes under {self.root} have fewer than {views} views: {_listed(few)}; ask for fewer"
+                f"{len(few)} shapes under {self.root} have fewer than {drawn} views: {_listed(few)}; ask for fewer"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -117,10 +120,13 @@ class PairDataset(Dataset):
         else:
             self._worker_epoch = epoch
 
-    @property
-    def views_per_shape(self) -> list[int]:
-        """How many images each shape has, in the order of `names`."""
-        return [len(files) for files in self._views]
+    def cloud(self, index: int) -> np.ndarray:
+        """The cloud of a shape, (points, 3) float32, new memory."""
+        return self._clouds[index].copy()
+
+    def view(self, index: int, view: int) -> np.ndarray:
+        """A view of a shape, (image_size, image_size, 3) uint8."""
+        return self._read_image(self._view_path(self.names[index], self._files[index][view]))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -130,17 +136,15 @@ class PairDataset(Dataset):
             raise IndexError(f"index {index} is out of range for {len(self)} shapes")
         index %= len(self)
         epoch = int(self._epoch) if self._worker_epoch is None else self._worker_epoch
-        files = self._views[index]
+        views = self.views_per_shape[index]
         generator = np.random.default_rng((self.seed, epoch, index))
-        if self._drawn == 1:
-            drawn = [generator.integers(len(files))]
-        else:
-            drawn = generator.permutation(len(files))[: self._drawn]
-        images = np.stack([self._read_image(self._view_path(self.names[index], files[i])) for i in drawn])
+        one = self._drawn == 1
+        drawn = [generator.integers(views)] if one else generator.permutation(views)[: self._drawn]
+        images = np.stack([self.view(index, i) for i in drawn])
         image = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return {
-            "points": torch.from_numpy(self._clouds[index].copy()),
-            "image": image[0] if self._drawn == 1 else image,
+            "points": torch.from_numpy(self.cloud(index)),
+            "image": image[0] if one else image,
             "index": index,
         }
 
@@ -213,6 +217,12 @@ class PairDataset(Dataset):
     def _warn(self) -> None:
         if self.skipped:
             warnings.warn(f"left out under {self.root}: {_summary(self.skipped)}", stacklevel=3)
+
+
+def check_sizes(points: int, image_size: int, views: int) -> None:
+    for name, value in (("points", points), ("image_size", image_size), ("views", views)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _cloud_paths(root: Path) -> list[Path]:

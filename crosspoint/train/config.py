@@ -29,8 +29,8 @@ class PretrainConfig:
     """
 
     data: str = "generated"
-    """Folder with ShapeNet/ and ShapeNetRendering/ (`crosspoint prepare` makes one from meshes), or
-    "generated": built-in shapes, made under OUT/data."""
+    """Folder with ShapeNet/ and ShapeNetRendering/ (`crosspoint prepare` makes one from meshes), what `crosspoint pack`
+    made of one, or "generated": built-in shapes, made under OUT/data."""
     out: str = "runs/pretrain"
     """Run folder to write."""
     resume: bool = False

@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosspoint import models
-from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
+from crosspoint.data import CloudAugmentation, ImageAugmentation, PackedPairs, PairDataset
+from crosspoint.data.pack import is_packed
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
 from crosspoint.train.cached import cached_backward
@@ -347,7 +348,7 @@ def _dataset(config: PretrainConfig, out: Path) -> PairDataset:
                 workers=config.workers,
             )
         )
-    dataset = PairDataset(
+    dataset = (PackedPairs if is_packed(root) else PairDataset)(
         root,
         points=config.points,
         image_size=config.image_size,

@@ -17,6 +17,7 @@ from torch import nn
 import crosspoint
 import tiny_run
 from crosspoint import models
+from crosspoint.data.pack import PackConfig, pack
 from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import pretrain
 from crosspoint.train.card import write_card
@@ -344,6 +345,13 @@ def test_resuming_on_other_shapes_is_refused(finished, tmp_path):
 def test_a_moved_data_folder_may_resume(finished, tmp_path):
     copy = tiny_run.write_pairs(tmp_path / "moved")
     assert pretrain(tiny_config(copy, finished[0], resume=True, workers=1))["steps"] == STEPS
+
+
+def test_packed_pairs_train_the_same(data, finished, tmp_path):
+    packed, out = tmp_path / "packed", tmp_path / "run"
+    pack(PackConfig(str(data), str(packed), points=48, image_size=16, shard_size=4))
+    pretrain(tiny_config(packed, out, workers=2))
+    assert_same_weights(finished[0], out)
 
 
 def test_fewer_shapes_than_a_batch(data, tmp_path):
