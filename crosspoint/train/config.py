@@ -53,10 +53,16 @@ class PretrainConfig:
     """Rendered views of each shape in a step, drawn anew every epoch; their projections are averaged."""
     crop: float | None = None
     """Least share of the area in random crops of the images (the paper has them; 0.2, say). None: whole images."""
+    optimizer: Literal["adam", "lars"] = "adam"
+    """Adam, or LARS (arXiv 1708.03888) for large batches."""
     lr: float = 1e-3
-    """Learning rate of Adam in the first epoch."""
+    """Learning rate in the first epoch; of LARS some hundred times that of Adam."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """"linear" or "sqrt": lr is that of a batch of 20, and grows so with batch_size."""
+    warmup_epochs: int = 0
+    """Epochs in which the rate rises from 0, step by step."""
     weight_decay: float = 1e-6
-    """L2 penalty in Adam."""
+    """L2 penalty in the optimizer."""
     up: Literal["y", "z"] = "y"
     """Up axis of the clouds: augmentation rotates about it."""
     workers: int = 2
@@ -82,6 +88,8 @@ class PretrainConfig:
         for name, allowed, rule in (
             ("lr", self.lr > 0, "be positive"),
             ("weight_decay", self.weight_decay >= 0, "not be negative"),
+            ("optimizer", self.optimizer in ("adam", "lars"), "be 'adam' or 'lars'"),
+            ("lr_scaling", self.lr_scaling in ("none", "linear", "sqrt"), "be 'none', 'linear' or 'sqrt'"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (
                 "part_size",
@@ -103,6 +111,7 @@ _LEAST = {
     "points": 1,
     "image_size": 1,
     "views": 1,
+    "warmup_epochs": 0,
     "workers": 0,
     "checkpoint_every": 0,
     "log_every": 1,

@@ -39,10 +39,11 @@ from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
 from crosspoint.train.log import NoLog, RunLog
+from crosspoint.train.optim import learning_rate, make_optimizer
 from crosspoint.train.ranks import Ranks, joined
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
 
-__all__ = ["learning_rate", "pretrain"]
+__all__ = ["pretrain"]
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +86,6 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             return _Run(config, dataset, ranks, state).train()
 
 
-def learning_rate(config: PretrainConfig, epoch: int) -> float:
-    """The rate of an epoch, counted from 0: a cosine that would reach 0 one epoch after the last."""
-    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-
-
 class _Run:
     def __init__(
         self, config: PretrainConfig, dataset: PairDataset, ranks: Ranks, state: TrainState | None
@@ -101,9 +97,7 @@ class _Run:
         self.total = config.epochs * self.steps_per_epoch
         torch.manual_seed(derive_seed(config.seed, _INIT))
         self.model = models.build(config.model).to(self.device).train()
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(config, self.model.parameters())
         self.cloud_augmentation = CloudAugmentation(up=config.up)
         self.image_augmentation = ImageAugmentation(size=config.image_size, crop=config.crop)
         self.step, self.metrics, self.seconds = 0, {}, 0.0
@@ -138,7 +132,7 @@ class _Run:
         with contextlib.closing(run_log), Signals() as signals:
             for batch in self._batches():
                 epoch = self.step // self.steps_per_epoch
-                self.metrics = self._train_step(batch, epoch)
+                self.metrics = self._train_step(batch)
                 self.step += 1
                 self.seconds = before + time.perf_counter() - started
                 ends_epoch = self.step % self.steps_per_epoch == 0
@@ -177,7 +171,7 @@ class _Run:
             )
         )
 
-    def _train_step(self, batch: dict[str, Tensor], epoch: int) -> dict[str, float]:
+    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
         config, device, step = self.config, self.device, self.step
         torch.manual_seed(derive_seed(config.seed, _STEP, step, *self.ranks.key))
         # On the CPU, so that every device sees the same views.
@@ -190,7 +184,7 @@ class _Run:
         rows = images.shape[:-3]
         images = self.image_augmentation(images.flatten(0, -4), generator).unflatten(0, rows)
 
-        lr = learning_rate(config, epoch)
+        lr = learning_rate(config, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         buffers = [buffer.clone() for buffer in self.model.buffers()]

@@ -24,6 +24,7 @@ from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.config import load_config
 from crosspoint.train.log import read_log
+from crosspoint.train.optim import learning_rate
 from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 
 ROOT = Path(tiny_run.__file__).parents[2]
@@ -140,7 +141,7 @@ def test_learning_rate_is_a_cosine_that_never_trains_at_zero(finished):
     rates = [r["lr"] for r in read_log(out / "log.jsonl")][::2]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
     long = tiny_config(Path(), out, epochs=100)
-    rates = [pretrain_module.learning_rate(long, epoch) for epoch in range(100)]
+    rates = [learning_rate(long, epoch, 1) for epoch in range(100)]
     assert rates[0] == long.lr
     assert rates == sorted(rates, reverse=True)
     assert rates[50] == pytest.approx(long.lr / 2)
@@ -354,6 +355,32 @@ def test_packed_pairs_train_the_same(data, finished, tmp_path):
     assert_same_weights(finished[0], out)
 
 
+def test_lars_resumes(data, tmp_path):
+    """Its momentum is part of the state."""
+    options = {"optimizer": "lars", "lr": 0.3, "lr_scaling": "sqrt", "warmup_epochs": 1, "epochs": 2}
+    pretrain(tiny_config(data, tmp_path / "whole", **options))
+    rates = [r["lr"] for r in read_log(tmp_path / "whole" / "log.jsonl")]
+    assert rates == pytest.approx([0.3 * (BATCH / 20) ** 0.5 * share for share in (0.5, 1, 0.5, 0.5)])
+    out = tmp_path / "stopped"
+    config = tiny_config(data, out, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_module._Run, "_save", stop_after(3, pretrain_module._Run._save))
+        with pytest.raises(InterruptedError):
+            pretrain(config)
+    assert load_state(out / "state.pt").step == 3
+    pretrain(replace(config, resume=True))
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def stop_after(step: int, save):
+    def stopping(run):
+        save(run)
+        if run.step == step:
+            raise InterruptedError
+
+    return stopping
+
+
 def test_fewer_shapes_than_a_batch(data, tmp_path):
     with pytest.raises(ValueError, match=f"{SHAPES} shapes, fewer than one batch of 12"):
         pretrain(tiny_config(data, tmp_path / "run", batch_size=12))
@@ -387,6 +414,8 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"lr": 0.0}, "lr must be positive"),
         ({"up": "x"}, "up must be 'y' or 'z'"),
         ({"part_size": 1}, "part_size must leave each of the even parts"),
+        ({"optimizer": "sgd"}, "optimizer must be 'adam' or 'lars'"),
+        ({"lr_scaling": "cubic"}, "lr_scaling must be 'none'"),
         ({"crop": 0.0}, "crop must be a share of the area"),
         ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),
