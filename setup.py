@@ -72,15 +72,17 @@ class Cuda(NamedTuple):
     def nvcc(self) -> str:
         return str(self.home / "bin" / "nvcc")
 
-    @property
-    def gencode(self) -> list[str]:
+    def gencode(self, source: Path) -> list[str]:
+        """For `*_wgmma.cu`, whose instructions only compute capability 9.0 has, 9.0 is the 9.0a that has them."""
         flags = []
         for architecture in self.architectures:
             number = architecture.removesuffix("+PTX").replace(".", "")
+            if number == "90" and source.stem.endswith("_wgmma"):
+                number = "90a"
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if architecture.endswith("+PTX"):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return flags
+        return list(dict.fromkeys(flags))
 
 
 def cuda_home() -> Path | None:
@@ -223,7 +225,7 @@ def binding_units(torch, headers: list[str], cuda: Cuda | str, build: str) -> li
 def cuda_units(cuda: Cuda | str) -> list[Unit]:
     if isinstance(cuda, str):
         return []
-    return [Unit(path, "cuda", cuda.gencode) for path in sorted((CSRC / "cuda").glob("*.cu"))]
+    return [Unit(path, "cuda", cuda.gencode(path)) for path in sorted((CSRC / "cuda").glob("*.cu"))]
 
 
 def build_line(cuda: Cuda | str) -> str:

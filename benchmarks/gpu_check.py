@@ -15,14 +15,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks import peers, registry
+from benchmarks import contrast_paths, peers, registry
 from benchmarks.knn_paths import SETTINGS, measure
 from benchmarks.measure import Clock, backends, runner
 from benchmarks.memory import extra_bytes
@@ -33,7 +33,7 @@ from crosspoint.ops import _library
 
 NEEDS_GPU = "needs a GPU"
 OPS = tuple(sorted({row.op for row in ops.describe_backends()}))
-STAGES = ("install", "build", "environment", "behaviour", "speeds", "paths", "battery", "sanitizers")
+STAGES = ("install", "build", "environment", "behaviour", "speeds", "paths", "battery", "wgmma", "sanitizers")
 SCHEMA = 1
 
 
@@ -251,17 +251,30 @@ def speeds(device: str, report: Report, only: str | None, seconds: float = math.
 
 
 def paths(device: str, report: Report) -> None:
-    """The searches of k-NN around the numbers that choose between them."""
+    """The searches of k-NN around the numbers that choose between them; contrastive losses by wgmma and mma.sync."""
     clock = Clock(device) if device == "cuda" else None
+
+    def timed(run: Callable[[], object]) -> float:
+        return 1e6 * clock.median(run)
+
+    def attempt(rows: Iterable[dict], **head: object) -> None:
+        try:
+            for row in rows:
+                report.add(**head, **row)
+        except Exception as error:
+            report.add(**head, status="failed", why=f"{type(error).__name__}: {error}"[:300])
+
     for setting in SETTINGS:
         if clock is None:
             report.add(setting=setting.name, paths=list(setting.paths), status=NEEDS_GPU)
-            continue
-        try:
-            for row in measure(setting, device, lambda run: 1e6 * clock.median(run)):
-                report.add(**row)
-        except Exception as error:
-            report.add(setting=setting.name, status="failed", why=f"{type(error).__name__}: {error}"[:300])
+        else:
+            attempt(measure(setting, device, timed), setting=setting.name)
+    hopper = clock is not None and torch.cuda.get_device_capability() == (9, 0)
+    for case in contrast_paths.CASES:
+        if hopper:
+            attempt(contrast_paths.measure(case, device, timed), setting=contrast_paths.SETTING, op=case.op)
+        else:
+            report.add(setting=contrast_paths.SETTING, op=case.op, status=NEEDS_GPU)
 
 
 # ---- summary
@@ -305,10 +318,10 @@ def table(whole: dict) -> str:
         rates = "  ".join(f"{name} {1e-6 * row['flops'] / us:.1f}" for name, us in row["us"].items())
         lines += [f"    TFLOP/s of the least work: {rates}"] if rates else []
         lines += [f"    {name}: {why}" for name, why in {**row["errors"], **row["absent"]}.items()]
-    lines += ["", "k-NN by path, microseconds"]
+    lines += ["", "by path, microseconds"]
     for row in whole["paths"]:
         found = row.get("us") or row["status"]
-        lines.append(f"{row['setting']} {tuple(row.get('shape', ()))}: {found}")
+        lines.append(f"{row['setting']} {row.get('op', '')} {tuple(row.get('shape', ()))}: {found}")
     return "\n".join(lines) + "\n"
 
 

@@ -56,7 +56,6 @@ def measure(setting: Setting, device: str, clock: Callable[[Callable[[], object]
                 us[path] = clock(lambda x=x: ops.knn_graph(x, setting.k, impl="native"))
         differ = (graphs[0] != graphs[1]).any(-1).double().mean().item()
         yield {
-            "setting": setting.name,
             "shape": list(shape),
             "k": setting.k,
             "us": us,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a machine with an NVIDIA GPU can show, in under 9 minutes and without a network:
 # build, the operators' battery on the device, compute-sanitizer, determinism, CUDA graphs, streams, memory, speeds,
-# k-NN by each of its searches.
+# k-NN by each of its searches, contrastive losses by wgmma.
 #   scripts/gpu_check.sh [--rehearse] [--only OP] OUT
 # writes OUT/gpu_check.json, OUT/table.txt and OUT/log.txt. A stage that fails or runs out of time loses nothing else:
 # what each has found so far is in OUT too.
@@ -107,6 +107,16 @@ battery() {
   [ $code = 0 ] && grep -q ' passed' "$log"  # skipping everything is no pass
 }
 
+# The contrastive losses' tests again, by Hopper's own instructions where they apply.
+wgmma() {
+  if [ $device = cpu ] || ! "$python" -c "import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))"; then
+    echo "sm_90a code: needs a GPU of compute capability 9.0"
+    return 77
+  fi
+  CROSSPOINT_WGMMA=1 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_nt_xent.py tests/ops/test_sup_con.py \
+    tests/ops/test_contrast_*.py -k native-cuda
+}
+
 # All four tools on the same small calls, side by side; initcheck on every kernel, since it must see who wrote what ours
 # read.
 sanitizers() {
@@ -131,7 +141,7 @@ sanitizers() {
   return $failed
 }
 
-export -f install build battery battery_of sanitizers
+export -f install build battery battery_of wgmma sanitizers
 venv=$PWD/build/gpu_check/venv
 export python device tests venv
 check() { stage "$1" "$2" "$python" -m benchmarks.gpu_check "$1" --device $device --out "$out/$1.json" "${@:3}"; }
@@ -142,8 +152,9 @@ stage build 240 bash -c build
 check environment 60
 check behaviour 90 "${only[@]}"
 check speeds 120 --seconds 90 "${only[@]}"
-check paths 60
+check paths 90
 stage battery 170 bash -c battery &
+stage wgmma 170 bash -c wgmma &
 stage sanitizers 170 bash -c "only=(${only[*]}); sanitizers"
 wait
 "$python" -m benchmarks.gpu_check summary --out "$out" || exit 1

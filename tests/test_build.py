@@ -79,7 +79,7 @@ def test_cuda_is_built_where_torch_and_toolkit_have_it(recipe, toolkit):
         "what this nvcc knows, PTX of the last"
     )
     assert cuda.nvcc == str(toolkit / "bin" / "nvcc")
-    assert cuda.gencode == [
+    assert cuda.gencode(Path("knn.cu")) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_100,code=sm_100",
@@ -89,12 +89,21 @@ def test_cuda_is_built_where_torch_and_toolkit_have_it(recipe, toolkit):
 
 def test_cuda_architectures_can_be_named(recipe, toolkit, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
-    assert recipe.wanted_cuda("13.0").gencode == [
+    assert recipe.wanted_cuda("13.0").gencode(Path("knn.cu")) == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
+
+
+def test_what_only_hopper_has_is_compiled_for_it(recipe, toolkit, monkeypatch):
+    for names in ("8.0 9.0", "8.0 9.0a", "8.0 9.0 9.0a"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", names)
+        assert recipe.wanted_cuda("13.0").gencode(Path("nt_xent_wgmma.cu")) == [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90a,code=sm_90a",
+        ]
 
 
 @pytest.mark.parametrize(("names", "error"), [("Hopper", "expected numbers"), ("7.5", "8.0 or later")])

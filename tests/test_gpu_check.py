@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import contrast_paths
 from benchmarks.gpu_check import deterministic, forward_backward
 from benchmarks.knn_paths import SETTINGS, forced
 from benchmarks.preferences import committed, faster
@@ -17,7 +18,7 @@ from crosspoint import ops
 from crosspoint.ops import _dispatch, _preferences
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["install", "build", "environment", "behaviour", "speeds", "paths", "battery", "sanitizers"]
+STAGES = ["install", "build", "environment", "behaviour", "speeds", "paths", "battery", "wgmma", "sanitizers"]
 STATUSES = {"passed", "failed", "timed out", "no time left", "needs a GPU"}
 
 
@@ -43,7 +44,10 @@ def test_rehearsal_runs_every_stage(tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert code == 0, log
     status = {name: stage["status"] for name, stage in whole["stages"].items()}
-    assert status == {**dict.fromkeys(STAGES, "passed"), "build": "needs a GPU", "sanitizers": "needs a GPU"}
+    assert status == {
+        **dict.fromkeys(STAGES, "passed"),
+        **dict.fromkeys(("build", "wgmma", "sanitizers"), "needs a GPU"),
+    }
     facts = {row["name"]: row["value"] for row in whole["environment"]}
     assert facts["device"] == "needs a GPU"
     assert "native" in facts["backends"]["knn_graph"]
@@ -54,7 +58,9 @@ def test_rehearsal_runs_every_stage(tmp_path):
         ("CUDA graph", "needs a GPU"),
         ("non-default stream", "needs a GPU"),
     }
-    assert [row["setting"] for row in whole["paths"]] == [setting.name for setting in SETTINGS]
+    assert {case.op for case in contrast_paths.CASES} == {"nt_xent", "info_nce", "sup_con"}
+    by_wgmma = ["CROSSPOINT_WGMMA"] * len(contrast_paths.CASES)
+    assert [row["setting"] for row in whole["paths"]] == [setting.name for setting in SETTINGS] + by_wgmma
     assert {row["status"] for row in whole["paths"]} == {"needs a GPU"}
     for row in whole["speeds"]:
         assert row["us"]["native"] > 0

@@ -2,19 +2,19 @@
 // exponentials of its columns, from tiles of products that never leave the registers.
 #include "crosspoint/cuda/nt_xent.h"
 
-#include "cuda/contrast.h"
 #include "cuda/contrast_plain.h"
 #include "cuda/contrast_rows.h"
+#include "cuda/contrast_tile.h"
+#include "cuda/panels.h"
 
 namespace crosspoint::cuda {
 namespace {
 
 constexpr int kColumns = 128;  // of a tile
-constexpr int kStatistics = 3;
 
 // ---- rows, a warp each
 
-template <class T>
+template <class T, RowOrder order>
 __global__ void __launch_bounds__(kThreads) contrast_rows(const T* z, int64_t count, int64_t channels, Product product,
                                                           int64_t width, void* rows, void* scale) {
   for (int64_t i = blockIdx.x * int64_t(kWarps) + threadIdx.x / kWarp; i < count; i += gridDim.x * int64_t(kWarps)) {
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads) contrast_rows(const T* z, int64_t co
     const double power = square == square && length < INFINITY ? ldexp(1.0, 1 - exponent) : NAN;
     for (int64_t c = lane_id(); c < width; c += kWarp) {
       const double x = c < channels ? double(widen(row[c])) * power : 0.0;
-      const int64_t at = i * width + c;
+      int64_t at = i * width + c;
+      if constexpr (order == RowOrder::panels) at = PanelledRows{count, width}.group(i, c / 8) / 2 + c % 8;
       switch (product) {
         case Product::bf16: static_cast<__nv_bfloat16*>(rows)[at] = narrow<__nv_bfloat16>(x); break;
         case Product::f16: static_cast<__half*>(rows)[at] = narrow<__half>(x); break;
@@ -66,28 +67,11 @@ __global__ void __launch_bounds__(kThreads) contrast_cosines(const T* left, cons
 
 // ---- sums
 
-// What a row has met so far: the sum of 2^x is `sum` times 2^`bound`.
-struct RowSum {
-  float bound = -3.4028235e38f, sum = 0, positives = 0;
-
-  __device__ __forceinline__ void raise(float to) {
-    const float higher = fmaxf(bound, to);
-    sum *= fast_exp2(bound - higher);
-    bound = higher;
-  }
-  __device__ __forceinline__ void add(const RowSum& other) {
-    raise(other.bound);
-    sum += other.sum * fast_exp2(other.bound - bound);
-    positives += other.positives;
-  }
-};
-
 // A block for `kRows` rows and a part of the columns. Its rows stay in shared memory; columns pass in pieces of a line.
 template <Product product, int kRows>
 __global__ void __launch_bounds__(kThreads, 1)
     contrast_row_sums(ContrastColumns c, int pitch, int stages, int64_t row_views, float* sums) {
   constexpr int tall = 2, down = kRows / (16 * tall), across = kWarps / down, wide = kColumns / (16 * across);
-  constexpr int own_rows = 2 * tall;  // of a thread
   const int warp = threadIdx.x / kWarp, row = warp % down * 16 * tall, column = warp / down * 16 * wide;
   const int thread_row = row + lane_id() / 4, thread_column = column + lane_id() % 4 * 2;
   const BlockOfRows block(c, blockIdx.x, kRows);
@@ -95,7 +79,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int row_bytes = static_cast<int>(c.width) * kElement<product>, pieces = pitch / kLine;
   const unsigned char* all_rows = static_cast<const unsigned char*>(c.rows);
   const float* scale = static_cast<const float*>(c.scale);
-  const float* target = static_cast<const float*>(c.target);
   const bool labelled = c.labels != nullptr;
   const Exponents<float> exponents(*static_cast<const float*>(c.temperature));
 
@@ -105,19 +88,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float* column_scale = arena.take<float>(2 * kColumns);  // of this tile and of the next
   int32_t* column_label = arena.take<int32_t>(2 * kColumns);
 
-  RowSum state[own_rows];
-  float factor[own_rows];
-  int32_t label[own_rows];
-  bool several[own_rows];
-#pragma unroll
-  for (int r = 0; r < own_rows; ++r) {
-    const int i = thread_row + 8 * r, at = block.own + i;
-    const bool there = i < block.count;
-    factor[r] = there ? scale[at] * static_cast<float>(exponents.scale) : 0.f;
-    label[r] = there && labelled ? c.labels[at] : -1;
-    several[r] = there && labelled && target[at] != 0.f;
-    if (exponents.shared) state[r].bound = exponents.bound;
-  }
+  RowSums<tall> own(c, block, thread_row, exponents);
 
   float next_scale = 0;
   int32_t next_label = 0;
@@ -169,44 +140,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     put(tile + 1);
 
-    const int first = block.begin + tile * kColumns;
-    const bool exceptions = labelled || block.has_exceptions(first, kColumns);
-#pragma unroll
-    for (int n = 0; n < 2 * wide; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int j = thread_column + 8 * n + e;
-        const float other = column_scale[tile % 2 * kColumns + j];
-#pragma unroll
-        for (int r = 0; r < own_rows; ++r) {
-          float& x = scores.sum[r / 2][n][r % 2 * 2 + e];
-          x *= factor[r] * other;
-          if (!exceptions) continue;
-          bool counts = block.counts(thread_row + 8 * r, first + j);
-          if (labelled && column_label[tile % 2 * kColumns + j] == label[r]) {
-            if (counts && several[r]) state[r].positives += x;
-            counts = counts && several[r];
-          }
-          if (!counts) x = -INFINITY;
-        }
-      }
-#pragma unroll
-    for (int r = 0; r < own_rows; ++r) {
-      if (!exponents.shared) {
-        float most = state[r].bound;  // a NaN is left to the sum
-#pragma unroll
-        for (int n = 0; n < 2 * wide; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) most = fmaxf(most, scores.sum[r / 2][n][r % 2 * 2 + e]);
-        state[r].raise(most);
-      }
-      float sum = 0;
-#pragma unroll
-      for (int n = 0; n < 2 * wide; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) sum += fast_exp2(scores.sum[r / 2][n][r % 2 * 2 + e] - state[r].bound);
-      state[r].sum += sum;
-    }
+    const int at = tile % 2 * kColumns;
+    own.add(scores.sum, {column_scale + at, nullptr, column_label + at, block.begin + tile * kColumns}, kColumns, block,
+            thread_row, thread_column, labelled, exponents);
   }
   cp_async_wait<0>();
   __syncthreads();
@@ -214,18 +150,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   // Four lanes hold a row each, in `across` warps.
   float* met = reinterpret_cast<float*>(ring);
 #pragma unroll
-  for (int r = 0; r < own_rows; ++r) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      RowSum other;
-      other.bound = __shfl_xor_sync(kAllLanes, state[r].bound, step);
-      other.sum = __shfl_xor_sync(kAllLanes, state[r].sum, step);
-      other.positives = __shfl_xor_sync(kAllLanes, state[r].positives, step);
-      state[r].add(other);
-    }
+  for (int r = 0; r < own.rows; ++r) {
+    own.state[r].add_lanes();
     if (lane_id() % 4 != 0) continue;
     float* to = met + ((warp / down) * kRows + thread_row + 8 * r) * kStatistics;
-    to[0] = state[r].bound, to[1] = state[r].sum, to[2] = state[r].positives;
+    to[0] = own.state[r].bound, to[1] = own.state[r].sum, to[2] = own.state[r].positives;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < block.count; i += kThreads) {
@@ -259,12 +188,17 @@ unsigned blocks_of_warps(int64_t rows) { return grid_of(rows * kWarp, kThreads).
 
 }  // namespace
 
-cudaError_t contrast_normalise(const Embeddings& z, Product product, int64_t width, void* rows, void* scale,
-                               cudaStream_t stream) {
+cudaError_t contrast_normalise(const Embeddings& z, Product product, RowOrder order, int64_t width, void* rows,
+                               void* scale, cudaStream_t stream) {
   return with_float(z.type, [&](auto zero) {
     using T = decltype(zero);
-    return launch(contrast_rows<T>, dim3(blocks_of_warps(z.count)), dim3(kThreads), 0, stream,
-                  static_cast<const T*>(z.values), z.count, z.channels, product, width, rows, scale);
+    const auto with = [&](auto kernel) {
+      return launch(kernel, dim3(blocks_of_warps(z.count)), dim3(kThreads), 0, stream,
+                    static_cast<const T*>(z.values), z.count, z.channels, product, width, rows, scale);
+    };
+    if (order == RowOrder::plain) return with(contrast_rows<T, RowOrder::plain>);
+    if constexpr (sizeof(T) <= sizeof(float)) return with(contrast_rows<T, RowOrder::panels>);
+    return cudaErrorInvalidValue;
   });
 }
 

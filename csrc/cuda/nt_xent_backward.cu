@@ -1,8 +1,8 @@
 // The contrastive losses' backward pass. A block owns rows: it forms their products with a tile of columns, turns them
 // into weights, both softmaxes at once, and multiplies these with the same tile. Nobody else writes to its rows.
-#include "cuda/contrast.h"
 #include "cuda/contrast_plain.h"
 #include "cuda/contrast_rows.h"
+#include "cuda/contrast_tile.h"
 
 namespace crosspoint::cuda {
 namespace {
@@ -39,7 +39,6 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
   // The warps over the rows and channels of the gradient.
   constexpr int out_down = C::rows == 128 ? 2 : 1, out_across = kWarps / out_down;
   constexpr int out_tall = C::rows / (16 * out_down), out_wide = C::width / (16 * out_across);
-  constexpr int own_rows = 2 * tall;
   const int warp = threadIdx.x / kWarp, place = warp % (down * across), depth = warp / (down * across);
   const int row = place % down * 16 * tall, column = place / down * 16 * wide;
   const int thread_row = row + lane_id() / 4, thread_column = column + lane_id() % 4 * 2;
@@ -49,7 +48,6 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
   const int width = static_cast<int>(c.width), row_bytes = width * element, steps = pitch / kStep;
   const unsigned char* all_rows = static_cast<const unsigned char*>(c.rows);
   const float* scale = static_cast<const float*>(c.scale);
-  const float* target = static_cast<const float*>(c.target);
   const bool labelled = c.labels != nullptr;
   const Exponents<float> exponents(*static_cast<const float*>(c.temperature));
 
@@ -63,17 +61,7 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
   float* moment = arena.take<float>(across * C::rows);  // a sum for each row and warp that meets it
   float* parts = arena.take<float>(C::deep > 1 ? kThreads * 8 : 0);
 
-  float factor[own_rows], weight[own_rows], lacks[own_rows];
-  int32_t label[own_rows];
-#pragma unroll
-  for (int r = 0; r < own_rows; ++r) {
-    const int i = thread_row + 8 * r, at = block.own + i;
-    const bool there = i < block.count;
-    factor[r] = there ? scale[at] * static_cast<float>(exponents.scale) : 0.f;
-    weight[r] = exponents.weight(there ? exponents_of[at] : INFINITY);
-    label[r] = there && labelled ? c.labels[at] : -1;
-    lacks[r] = there && labelled ? target[at] : 0.f;
-  }
+  const RowWeights<tall> own(c, block, thread_row, exponents, exponents_of);
 
   float next_weight = 0, next_scale = 0;
   int32_t next_label = 0;
@@ -144,42 +132,15 @@ __global__ void __launch_bounds__(kThreads, C::blocks)
     put(tile + 1);
 
     if (depth == 0) {
-      const int first = block.begin + tile * C::columns;
-      const bool exceptions = labelled || block.has_exceptions(first, C::columns);
-      float met[own_rows] = {};  // sums of w x
+      const int at = tile % 2 * C::columns;
+      float met[own.rows] = {};  // sums of w x
+      own.weigh(scores.sum, met,
+                {column_scale + at, column_weight + at, column_label + at, block.begin + tile * C::columns}, C::columns,
+                block, thread_row, thread_column, labelled, exponents, [&](int r, int n, float low, float high) {
+                  store_pair<product>(weights, thread_row + 8 * r, thread_column + 8 * n, low, high);
+                });
 #pragma unroll
-      for (int n = 0; n < 2 * wide; ++n) {
-        const int j = thread_column + 8 * n, at = tile % 2 * C::columns + j;
-        const float2 column_weights = *reinterpret_cast<const float2*>(column_weight + at);
-        const float2 column_scales = *reinterpret_cast<const float2*>(column_scale + at);
-#pragma unroll
-        for (int r = 0; r < own_rows; ++r) {
-          float w[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float other = e == 0 ? column_weights.x : column_weights.y;
-            const float length = e == 0 ? column_scales.x : column_scales.y;
-            const float x = scores.sum[r / 2][n][r % 2 * 2 + e] * factor[r] * length;
-            w[e] = exponents.shared ? fast_exp2(x - exponents.bound) * (weight[r] + other)
-                                    : fast_exp2(x + weight[r]) + fast_exp2(x + other);
-            if (exceptions) {
-              bool counts = block.counts(thread_row + 8 * r, first + j + e);
-              if (labelled && column_label[at + e] == label[r]) {
-                counts = counts && lacks[r] != 0.f;
-                w[e] -= lacks[r];
-              }
-              if (!counts) w[e] = 0.f;
-              met[r] += counts ? w[e] * x : 0.f;
-            } else {
-              met[r] += w[e] * x;
-            }
-            w[e] *= length;
-          }
-          store_pair<product>(weights, thread_row + 8 * r, j, w[0], w[1]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < own_rows; ++r) {
+      for (int r = 0; r < own.rows; ++r) {
 #pragma unroll
         for (int step = 1; step < 4; step *= 2) met[r] += __shfl_xor_sync(kAllLanes, met[r], step);
         if (lane_id() % 4 == 0) moment[place / down * C::rows + thread_row + 8 * r] += met[r];

@@ -170,6 +170,7 @@ void begin_thread() {
   if (block.arrived > 0)
     fail("returned while %d threads of its block wait at %s:%d", block.arrived, block.barrier_site.file, block.barrier_site.line);
   if (!self->copies.empty()) fail("returned with copies to shared memory that it never waited for");
+  if (!self->products.empty()) fail("returned with products that it never waited for");
   self->state = State::done;
   ++block.done;
   block.warps[self->warp].returned |= 1u << self->lane;
@@ -186,6 +187,8 @@ void prepare(Thread& thread, Block& block, int linear) {
   thread.state = State::ready;
   thread.copies.clear();
   thread.commits.clear();
+  thread.products.clear();
+  thread.product_commits.clear();
   thread.clock.fill(0);
   thread.clock[thread.lane] = 1;
   thread.others.clear();
@@ -239,6 +242,7 @@ void begin_block(Block& block, int linear) {
   block.pieces.clear();
   block.used = block.dynamic_bytes = block.static_bytes = 0;
   block.others.clear();
+  block.bulk.clear();
   memory_begin_block(block);
   for (size_t i = 0; i < block.threads.size(); ++i) {
     prepare(block.threads[i], block, static_cast<int>(i));
@@ -350,6 +354,7 @@ cudaError_t launch(dim3 grid, dim3 block, size_t dynamic_shared, const std::func
     to_thread(thread);
     Block& finished = *thread->block;
     if (!failed && thread->state == State::done && finished.done == static_cast<int>(threads)) {
+      if (!finished.bulk.empty()) report("a block returned while copies to its shared memory were under way");
       memory_end_block(finished);
       if (!failed && next < count) begin_block(finished, order[next++]);
     }
@@ -484,6 +489,101 @@ void copies_wait(int pending) {
   self->commits.erase(self->commits.begin(), self->commits.begin() + static_cast<std::ptrdiff_t>(groups));
   for (size_t& commit : self->commits) commit -= landed;
 }
+
+namespace {
+
+// A barrier's 64 bits: how many arrive in a phase, how many are still to come, bytes still to come, and the phase.
+struct BarrierState {
+  uint64_t phase : 1, arrivals : 15, pending : 16;
+  int64_t bytes : 32;
+};
+static_assert(sizeof(BarrierState) == sizeof(uint64_t));
+
+template <class Update>
+void update_barrier(uint64_t* barrier, Update update) {
+  BarrierState state;
+  std::memcpy(&state, barrier, sizeof state);
+  update(state);
+  if (state.pending == 0 && state.bytes == 0) {
+    state.phase ^= 1;
+    state.pending = state.arrivals;
+  }
+  std::memcpy(barrier, &state, sizeof state);
+}
+
+void land_one(Block& block) {
+  if (block.bulk.empty()) return;
+  const size_t pick = seed == 0 ? 0 : random_bits() % block.bulk.size();
+  const BulkCopy copy = block.bulk[pick];
+  block.bulk.erase(block.bulk.begin() + static_cast<std::ptrdiff_t>(pick));
+  std::memcpy(copy.to, copy.from, copy.bytes);
+  written(copy.to, copy.bytes);
+  update_barrier(copy.barrier, [&](BarrierState& state) { state.bytes -= copy.bytes; });
+}
+
+}  // namespace
+
+void barrier_init(uint64_t* barrier, int arrivals) {
+  touch(barrier, sizeof *barrier, true, nullptr);
+  if (arrivals < 1) fail("a barrier for %d arrivals", arrivals);
+  const BarrierState state{0, static_cast<uint64_t>(arrivals), static_cast<uint64_t>(arrivals), 0};
+  std::memcpy(barrier, &state, sizeof state);
+  written(barrier, sizeof *barrier);
+}
+
+void barrier_arrive(uint64_t* barrier, int bytes) {
+  fence(false);
+  atomic_access(barrier, sizeof *barrier);
+  update_barrier(barrier, [&](BarrierState& state) {
+    if (state.pending == 0) fail("more arrive at a barrier than it was made for");
+    --state.pending;
+    state.bytes += bytes;
+  });
+}
+
+void barrier_wait(uint64_t* barrier, int parity) {
+  for (long tries = 0;; ++tries) {
+    BarrierState state;
+    std::memcpy(&state, barrier, sizeof state);
+    if (static_cast<int>(state.phase) != (parity & 1)) break;
+    land_one(*self->block);
+    if (tries == 1 << 14) fail("waits in vain for phase %d of a barrier: %d to arrive, %d bytes to come", parity,
+                               static_cast<int>(state.pending), static_cast<int>(state.bytes));
+    ready.push_back(self);
+    to_main(false);
+  }
+  atomic_access(barrier, sizeof *barrier);
+  fence(false);
+}
+
+void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
+    fail("a bulk copy of %d bytes, or addresses, that are no multiples of 16", bytes);
+  touch(global, bytes, false, nullptr);
+  touch(shared, bytes, true, nullptr);
+  write_poison(shared, bytes);
+  fence(false);
+  atomic_access(barrier, sizeof *barrier);
+  self->block->bulk.push_back({shared, global, bytes, barrier});
+}
+
+void form_later(void (*form)(const void* item), const void* item, size_t bytes) {
+  const auto* from = static_cast<const unsigned char*>(item);
+  self->products.push_back({form, {from, from + bytes}});
+}
+
+void products_commit() { self->product_commits.push_back(self->products.size()); }
+
+void products_wait(int pending) {
+  if (static_cast<int>(self->product_commits.size()) <= pending) return;
+  const size_t groups = self->product_commits.size() - pending, formed = self->product_commits[groups - 1];
+  for (size_t i = 0; i < formed; ++i) self->products[i].form(self->products[i].item.data());
+  self->products.erase(self->products.begin(), self->products.begin() + static_cast<std::ptrdiff_t>(formed));
+  self->product_commits.erase(self->product_commits.begin(), self->product_commits.begin() + static_cast<std::ptrdiff_t>(groups));
+  for (size_t& commit : self->product_commits) commit -= formed;
+}
+
+int thread_of_block() { return self->linear; }
 
 }  // namespace simt
 

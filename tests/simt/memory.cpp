@@ -254,6 +254,12 @@ void* shared_piece(const void* key, int index, size_t bytes, size_t align, const
   return arena.base + offset;
 }
 
+uint32_t shared_offset(const void* address) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(address) - arenas[self->block->slot]->base);
+}
+
+unsigned char* shared_at(uint32_t offset) { return arenas[self->block->slot]->base + offset; }
+
 void write_poison(void* address, size_t bytes) {
   if (bytes == 0) return;
   std::memset(address, poison_byte(), bytes);

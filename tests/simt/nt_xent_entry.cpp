@@ -14,10 +14,10 @@ Embeddings embeddings(int64_t type, int64_t count, int64_t channels, const void*
 #pragma GCC visibility push(default)
 extern "C" {
 
-int normalise(int64_t type, int64_t count, int64_t channels, const void* z, int64_t product, int64_t width, void* rows,
-              void* scale) {
-  return contrast_normalise(embeddings(type, count, channels, z), static_cast<Product>(product), width, rows, scale,
-                            nullptr);
+int normalise(int64_t type, int64_t count, int64_t channels, const void* z, int64_t product, int64_t order,
+              int64_t width, void* rows, void* scale) {
+  return contrast_normalise(embeddings(type, count, channels, z), static_cast<Product>(product),
+                            static_cast<RowOrder>(order), width, rows, scale, nullptr);
 }
 
 int positives(int64_t type, int64_t count, int64_t channels, const void* left, const void* right,
@@ -41,6 +41,23 @@ int gradient(int64_t product, int64_t views, int64_t samples, int64_t width, con
   return contrast_gradient({static_cast<Product>(product), views, samples, width, rows, scale, temperature, labels,
                             target, within_views != 0, first_row, row_count, parts},
                            exponents, partial, moments, nullptr);
+}
+
+int wgmma_row_sums(int64_t product, int64_t views, int64_t samples, int64_t width, const void* rows, const void* scale,
+                   const void* temperature, const int32_t* labels, const void* target, int64_t within_views,
+                   int64_t first_row, int64_t row_count, int64_t parts, int64_t row_views, void* sums) {
+  return contrast_wgmma_sums({static_cast<Product>(product), views, samples, width, rows, scale, temperature, labels,
+                              target, within_views != 0, first_row, row_count, parts},
+                             row_views, sums, nullptr);
+}
+
+int wgmma_gradient(int64_t product, int64_t views, int64_t samples, int64_t width, const void* rows, const void* scale,
+                   const void* temperature, const int32_t* labels, const void* target, int64_t within_views,
+                   int64_t first_row, int64_t row_count, int64_t parts, const void* exponents, void* partial,
+                   void* moments) {
+  return contrast_wgmma_gradient({static_cast<Product>(product), views, samples, width, rows, scale, temperature,
+                                  labels, target, within_views != 0, first_row, row_count, parts},
+                                 exponents, partial, moments, nullptr);
 }
 
 int finish(int64_t type, int64_t count, int64_t channels, const void* z, const void* other, int64_t first_row,

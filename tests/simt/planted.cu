@@ -1,6 +1,6 @@
 // One kernel per mistake, and its repaired twin (broken = false). Every twin reverses the 64 numbers of each of two
 // blocks, or all 128 where blocks exchange them.
-#include "cuda/mma.h"
+#include "cuda/wgmma.h"
 
 using namespace crosspoint::cuda;
 
@@ -162,6 +162,69 @@ __global__ void missing_copy_wait(Data d) {
   cp_async_wait<0>();
 }
 
+// The copy engine's copy is read before its barrier was waited for.
+template <bool broken>
+__global__ void missing_bulk_wait(Data d) {
+  CROSSPOINT_SHARED(s, int[kThreads]);
+  CROSSPOINT_SHARED(barrier, uint64_t);
+  if (thread() == 0) barrier_init(&barrier, 1);
+  __syncthreads();
+  if (thread() == 0) {
+    barrier_arrive_expecting(&barrier, sizeof s);
+    copy_bulk(s, &d.x[place()], sizeof s, &barrier);
+  }
+  if (!broken) barrier_wait(&barrier, 0);
+  d.y[place()] = s[mirrored()];
+  barrier_wait(&barrier, 0);
+}
+
+// It copies over what others still read.
+template <bool broken>
+__global__ void bulk_copy_over_what_is_read(Data d) {
+  CROSSPOINT_SHARED(s, int[kThreads]);
+  CROSSPOINT_SHARED(barriers, uint64_t[2]);
+  if (thread() < 2) barrier_init(&barriers[thread()], 1);
+  __syncthreads();
+  for (int round = 0; round < 2; ++round) {
+    if (thread() == 0) {
+      barrier_arrive_expecting(&barriers[round], sizeof s);
+      copy_bulk(s, &d.x[round == 0 ? place() : (1 - static_cast<int>(blockIdx.x)) * kThreads], sizeof s, &barriers[round]);
+    }
+    barrier_wait(&barriers[round], 0);
+    if (round == 0) d.y[place()] = s[mirrored()];
+    if (!broken) __syncthreads();
+  }
+}
+
+template <bool broken>
+__global__ void barrier_short_of_an_arrival(Data d) {
+  CROSSPOINT_SHARED(barrier, uint64_t);
+  if (thread() == 0) barrier_init(&barrier, broken ? kThreads + 1 : kThreads);
+  __syncthreads();
+  barrier_arrive(&barrier);
+  barrier_wait(&barrier, 0);
+  d.y[place()] = d.x[place() + mirrored() - thread()];
+}
+
+struct alignas(1024) Panel {
+  uint64_t v[1024];
+};
+
+// Its sums are used while the tensor cores are at them.
+template <bool broken>
+__global__ void missing_product_wait(Data d) {
+  CROSSPOINT_SHARED(panel, Panel);
+  for (int i = thread(); i < 1024; i += kThreads) panel.v[i] = 0;
+  __syncthreads();
+  float sum[8][4] = {};
+  const uint64_t operand = panel_descriptor(shared_address(&panel));
+  wgmma_fence();
+  wgmma_bf16(sum, operand, operand, true);
+  wgmma_commit();
+  if (!broken) wgmma_wait<0>();
+  d.y[place()] = d.x[place() + mirrored() - thread()] + static_cast<int>(sum[0][0]);
+}
+
 template <bool broken>
 __global__ void divergent_barrier(Data d) {
   CROSSPOINT_SHARED(s, int[kThreads]);
@@ -273,6 +336,10 @@ cudaError_t run_case(const char* name, const Data& d) {
   CASE(uninitialised_shared)
   CASE(uninitialised_workspace)
   CASE(missing_copy_wait)
+  CASE(missing_bulk_wait)
+  CASE(bulk_copy_over_what_is_read)
+  CASE(barrier_short_of_an_arrival)
+  CASE(missing_product_wait)
   CASE(divergent_barrier)
   CASE(return_before_a_barrier)
   CASE(barrier_that_a_warp_does_not_reach)

@@ -27,6 +27,11 @@ struct Known {
 
 enum class State { ready, at_barrier, at_collective, done };
 
+struct Product {
+  void (*form)(const void* item);
+  std::vector<unsigned char> item;
+};
+
 struct Thread {
   Block* block;
   uint3 index;
@@ -41,6 +46,9 @@ struct Thread {
   // Copies under way: commits[i] is how many had been asked for at the i-th commit that is still pending.
   std::vector<Copy> copies;
   std::vector<size_t> commits;
+  // Products under way, and their groups, likewise.
+  std::vector<Product> products;
+  std::vector<size_t> product_commits;
   // Order of memory: the lane's own time, and what it knows of its warp and of other blocks.
   std::array<uint32_t, kWarp> clock;
   std::vector<Known> others, released, seen;
@@ -65,6 +73,13 @@ struct Piece {
   const char* name;
 };
 
+struct BulkCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t* barrier;
+};
+
 struct Block {
   int linear;
   uint3 index;
@@ -78,6 +93,7 @@ struct Block {
   std::vector<Piece> pieces;
   size_t used, dynamic_bytes, static_bytes;
   std::vector<Known> others;
+  std::vector<BulkCopy> bulk;  // under way
 };
 
 extern Thread* self;  // null outside kernels

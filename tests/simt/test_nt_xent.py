@@ -25,7 +25,7 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @pytest.fixture(scope="module", params=builds_here())
 def device(request):
-    names = ("nt_xent", "nt_xent_backward", "nt_xent_plain")
+    names = ("nt_xent", "nt_xent_backward", "nt_xent_plain", "nt_xent_wgmma")
     sources = [
         Path(__file__).with_name("nt_xent_entry.cpp"),
         *(ROOT / "csrc" / "cuda" / f"{n}.cu" for n in names),
@@ -36,9 +36,13 @@ def device(request):
 class Leaves(SimtLeaves):
     """The leaves of csrc/torch/cuda/nt_xent.cpp."""
 
+    order, prefix = 0, ""  # of RowOrder; of the passes' names
+
     def normalise(self, z, product, rows, scale):
         sizes = (TYPES.index(z.dtype), *z.shape)
-        self.run("normalise", *sizes, z, product, rows.shape[1], rows, scale, filled=(rows, scale))
+        self.run(
+            "normalise", *sizes, z, product, self.order, rows.shape[1], rows, scale, filled=(rows, scale)
+        )
 
     def positives(self, left, right, partner, cosine):
         sizes = (TYPES.index(left.dtype), *left.shape)
@@ -47,7 +51,7 @@ class Leaves(SimtLeaves):
     def row_sums(self, rows, scale, temperature, labels, target, product, first_row, within_views, sums):
         parts, _, views, count = sums.shape
         self.run(
-            *("row_sums", product, *rows.shape, rows, scale, temperature, labels, target),
+            *(f"{self.prefix}row_sums", product, *rows.shape, rows, scale, temperature, labels, target),
             *(int(within_views), first_row, count, parts, views, sums),
             filled=(sums,),
         )
@@ -68,7 +72,7 @@ class Leaves(SimtLeaves):
     ):
         _, parts, count, _ = partial.shape
         self.run(
-            *("gradient", product, *rows.shape, rows, scale, temperature, labels, target),
+            *(f"{self.prefix}gradient", product, *rows.shape, rows, scale, temperature, labels, target),
             *(int(within_views), first_row, count, parts, exponents, partial, moments),
             filled=(partial, moments),
         )
@@ -80,6 +84,10 @@ class Leaves(SimtLeaves):
             *(partial, partner, pull, factors, dz),
             filled=(dz,),
         )
+
+
+class WgmmaLeaves(Leaves):
+    order, prefix = 1, "wgmma_"
 
 
 def case(
@@ -105,10 +113,10 @@ def case(
     )
 
 
-def run(device: Device, c: SimpleNamespace, order: tuple[int, int]) -> list[Tensor]:
+def run(device: Device, c: SimpleNamespace, order: tuple[int, int], kernels=Leaves) -> list[Tensor]:
     """The loss, the gradients of the embeddings, and that of the temperature."""
     device.configure(*order)
-    leaves, grad = Leaves(device), torch.tensor(1.5, dtype=c.temperature.dtype)
+    leaves, grad = kernels(device), torch.tensor(1.5, dtype=c.temperature.dtype)
     if c.loss == "sup_con":
         z, labels, t = c.z[0], c.labels, c.temperature
         found = [labelled.forward(leaves, z, labels, t, *rows) for rows in c.ranges]
@@ -142,9 +150,11 @@ def expected_of(c: SimpleNamespace) -> list[Tensor]:
     return [loss.detach(), *(1.5 * g for g in torch.autograd.grad(loss, leaves))]
 
 
-def check(device: Device, c: SimpleNamespace, monkeypatch, tolerance: float | None = None) -> None:
+def check(
+    device: Device, c: SimpleNamespace, monkeypatch, tolerance: float | None = None, kernels=Leaves
+) -> None:
     monkeypatch.setattr(pairs, "_LEAST_COLUMNS", c.least)
-    found = [run(device, c, order) for order in ORDERS[device.kind]]
+    found = [run(device, c, order, kernels) for order in ORDERS[device.kind]]
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -198,6 +208,33 @@ def test_small(device, name, monkeypatch):
 def test_large(device, name, monkeypatch):
     if device.kind == "plain":
         check(device, LARGE[name], monkeypatch)
+
+
+# Widths 64, 128 and 256, of views whose last tile is full or not, and with fewer or more tiles than there are stages.
+WGMMA = {
+    "bfloat16_64": case(n=37, d=50, dtype="bfloat16"),
+    "float16_64": case("sup_con", n=41, d=64, dtype="float16"),
+    "one_way_64": case("one_way", n=21, d=33, dtype="bfloat16"),
+    "ranges": case("info_nce", n=45, d=50, dtype="bfloat16", ranges=[(0, 11), (11, 0), (11, 34)]),
+}
+WGMMA_LARGE = {
+    "many_tiles_64": case(n=270, d=40, dtype="float16", temperature=0.07),
+    "full_tiles_128": case(n=128, d=100, dtype="bfloat16"),
+    "parts_256": case(
+        n=150, d=256, dtype="bfloat16", temperature=0.07, least=100, ranges=[(0, 75), (75, 75)]
+    ),
+    "labels_256": case("sup_con", n=300, d=200, dtype="bfloat16"),
+    "across_256": case("info_nce", n=140, d=130, dtype="float16", ranges=[(0, 1), (1, 139)]),
+    "cold_128": case(n=140, d=128, dtype="float16", temperature=0.005, noise=2.0),
+}
+
+
+@pytest.mark.parametrize("name", [*WGMMA, *WGMMA_LARGE])
+def test_wgmma(device, name, monkeypatch):
+    if name in WGMMA or device.kind == "plain":
+        c = {**WGMMA, **WGMMA_LARGE}[name]
+        cold = exponent_error(0.005) if name.startswith("cold") else 0
+        check(device, c, monkeypatch, TOLERANCE[c.z[0].dtype] + cold, WgmmaLeaves)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

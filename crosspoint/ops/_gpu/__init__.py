@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 
+from torch import Tensor
+
 from crosspoint.ops import _library
 from crosspoint.ops._gpu import _cuda
 
@@ -23,17 +25,18 @@ def implement(op: str, *operators: str, leaves: str | None = None) -> None:
     of `op`."""
     leaves = leaves or op
     for name, which in zip(operators, ("forward", "backward"), strict=False):
-        triton = _caller(op, which, lambda: importlib.import_module(f"crosspoint.kernels.{leaves}"))
+        triton = _caller(op, which, lambda _: importlib.import_module(f"crosspoint.kernels.{leaves}"))
         _library.implement_triton(f"{name}_triton", triton)
         if _cuda.has_leaves(leaves):
-            _library.implement(name, _caller(op, which, lambda: _cuda.Leaves(leaves)), "CUDA")
+            _library.implement(name, _caller(op, which, lambda x: _cuda.leaves_for(leaves, x)), "CUDA")
 
 
-def _caller(op: str, which: str, leaves: Callable[[], object]) -> Callable:
-    """Calls an orchestrator; it and Triton are imported at the first call."""
+def _caller(op: str, which: str, leaves: Callable[[Tensor], object]) -> Callable:
+    """Calls an orchestrator with the leaves for the operator's first input, which is the second where a gradient comes
+    before it; it and Triton are imported at the first call."""
 
     def run(*args):
         orchestrator = importlib.import_module(f"crosspoint.ops._gpu.{op}")
-        return getattr(orchestrator, which)(leaves(), *args)
+        return getattr(orchestrator, which)(leaves(args[which == "backward"]), *args)
 
     return run

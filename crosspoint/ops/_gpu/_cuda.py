@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+from torch import Tensor
 
 from crosspoint.ops import _library
 
-__all__ = ["LEAVES", "Leaves", "has_leaves"]
+__all__ = ["LEAVES", "Leaves", "has_leaves", "leaves_for"]
 
 _TILES = "Tensor nodes, Tensor idx, Tensor gain, Tensor shift"
+_CONTRAST_PASSES = (
+    "normalise(Tensor z, int product, Tensor(a!) rows, Tensor(b!) scale) -> ()",
+    "row_sums(Tensor rows, Tensor scale, Tensor temperature, Tensor? labels, Tensor? target, int product, "
+    "int first_row, bool within_views, Tensor(a!) sums) -> ()",
+    "gradient(Tensor rows, Tensor scale, Tensor temperature, Tensor exponents, Tensor? labels, Tensor? target, "
+    "int product, int first_row, bool within_views, Tensor(a!) partial, Tensor(b!) moments) -> ()",
+)
 # operator -> schemas of its leaves, without the prefix
 LEAVES = {
     "conv_bn_act_pool": (
@@ -56,15 +66,12 @@ LEAVES = {
         "Tensor(a!) dense, Tensor(b!) grad_x) -> ()",
     ),
     "nt_xent": (
-        "normalise(Tensor z, int product, Tensor(a!) rows, Tensor(b!) scale) -> ()",
+        *_CONTRAST_PASSES,
         "positives(Tensor left, Tensor right, Tensor? partner, Tensor(a!) cosine) -> ()",
-        "row_sums(Tensor rows, Tensor scale, Tensor temperature, Tensor? labels, Tensor? target, int product, "
-        "int first_row, bool within_views, Tensor(a!) sums) -> ()",
-        "gradient(Tensor rows, Tensor scale, Tensor temperature, Tensor exponents, Tensor? labels, Tensor? target, "
-        "int product, int first_row, bool within_views, Tensor(a!) partial, Tensor(b!) moments) -> ()",
         "finish(Tensor partial, Tensor z, Tensor other, Tensor? partner, Tensor pull, Tensor factors, int first_row, "
         "Tensor(a!) dz) -> ()",
     ),
+    "nt_xent_wgmma": _CONTRAST_PASSES,
     "edge_conv2": (
         f"edge_max({_TILES}, Tensor weight, Tensor? gamma, float negative_slope, int product, Tensor(a!) winner, "
         "Tensor(b!)? slot, Tensor(c!) sums) -> ()",
@@ -83,7 +90,7 @@ LEAVES = {
     ),
 }
 # operator -> the one whose leaves it calls beside its own
-BORROWS = {"edge_conv2": "edge_conv"}
+BORROWS = {"edge_conv2": "edge_conv", "nt_xent_wgmma": "nt_xent"}
 
 for _op, _schemas in LEAVES.items():
     for _schema in _schemas:
@@ -110,3 +117,14 @@ class Leaves:
     def __getattr__(self, name: str):
         owner = self._op if name in _names(self._op) else BORROWS[self._op]
         return getattr(torch.ops.crosspoint, f"_{owner}_{name}").default
+
+
+def leaves_for(op: str, z: Tensor) -> Leaves:
+    """Those of `op`; of nt_xent, those of Hopper's own instructions where CROSSPOINT_WGMMA=1 asks for them and they can
+    take z: they are not chosen otherwise, for no GPU has measured them."""
+    if op == "nt_xent" and os.environ.get("CROSSPOINT_WGMMA") == "1" and has_leaves("nt_xent_wgmma"):
+        from crosspoint.ops._gpu.nt_xent import fits_wgmma
+
+        if fits_wgmma(z):
+            return Leaves("nt_xent_wgmma")
+    return Leaves(op)

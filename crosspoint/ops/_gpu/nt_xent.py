@@ -51,6 +51,7 @@ __all__ = [
     "Columns",
     "backward",
     "finish",
+    "fits_wgmma",
     "forward",
     "gradient_factors",
     "partial_gradient",
@@ -74,6 +75,15 @@ def width(channels: int) -> int:
     if channels > 256:
         return -(-channels // 128) * 128
     return max(16, 1 << max(0, channels - 1).bit_length())
+
+
+def fits_wgmma(z: Tensor) -> bool:
+    """Whether csrc/cuda/nt_xent_wgmma.cu, whose rows have an order of their own, can take z on its GPU."""
+    return (
+        product_of(z.dtype) in ("bf16", "f16")
+        and width(z.shape[1]) in (64, 128, 256)
+        and torch.cuda.get_device_capability(z.device) == (9, 0)
+    )
 
 
 class Columns:

@@ -35,9 +35,10 @@ cuda::ContrastColumns columns_of(const Tensor& rows, const Tensor& scale, const 
   return columns;
 }
 
+template <cuda::RowOrder order>
 void normalise(const Tensor& z, int64_t product, Tensor rows, Tensor scale) {
   const OnDeviceOf device(z);
-  throw_if_failed(cuda::contrast_normalise(embeddings_of(z), static_cast<cuda::Product>(product), rows.size(1),
+  throw_if_failed(cuda::contrast_normalise(embeddings_of(z), static_cast<cuda::Product>(product), order, rows.size(1),
                                            rows.mutable_data_ptr(), scale.mutable_data_ptr(), device.stream()),
                   "nt_xent: normalise");
 }
@@ -49,6 +50,7 @@ void positives(const Tensor& left, const Tensor& right, const OptionalTensor& pa
                   "nt_xent: positives");
 }
 
+template <auto launch>
 void row_sums(const Tensor& rows, const Tensor& scale, const Tensor& temperature, const OptionalTensor& labels,
               const OptionalTensor& target, int64_t product, int64_t first_row, bool within_views, Tensor sums) {
   const OnDeviceOf device(rows);
@@ -56,10 +58,11 @@ void row_sums(const Tensor& rows, const Tensor& scale, const Tensor& temperature
       columns_of(rows, scale, temperature, labels, target, product, first_row, within_views);
   columns.parts = sums.size(0);
   columns.row_count = sums.size(3);
-  throw_if_failed(cuda::contrast_sums(columns, sums.size(2), sums.mutable_data_ptr(), device.stream()),
+  throw_if_failed(launch(columns, sums.size(2), sums.mutable_data_ptr(), device.stream()),
                   "nt_xent: row_sums");
 }
 
+template <auto launch>
 void gradient(const Tensor& rows, const Tensor& scale, const Tensor& temperature, const Tensor& exponents,
               const OptionalTensor& labels, const OptionalTensor& target, int64_t product, int64_t first_row,
               bool within_views, Tensor partial, Tensor moments) {
@@ -68,8 +71,8 @@ void gradient(const Tensor& rows, const Tensor& scale, const Tensor& temperature
       columns_of(rows, scale, temperature, labels, target, product, first_row, within_views);
   columns.parts = partial.size(1);
   columns.row_count = partial.size(2);
-  throw_if_failed(cuda::contrast_gradient(columns, exponents.const_data_ptr(), partial.mutable_data_ptr(),
-                                          moments.mutable_data_ptr(), device.stream()),
+  throw_if_failed(launch(columns, exponents.const_data_ptr(), partial.mutable_data_ptr(), moments.mutable_data_ptr(),
+                         device.stream()),
                   "nt_xent: gradient");
 }
 
@@ -94,9 +97,13 @@ void finish(const Tensor& partial, const Tensor& z, const Tensor& other, const O
 }  // namespace crosspoint::binding
 
 STABLE_TORCH_LIBRARY_IMPL(crosspoint, CUDA, m) {
-  m.impl("_nt_xent_normalise", TORCH_BOX(&crosspoint::binding::normalise));
+  using namespace crosspoint::cuda;
+  m.impl("_nt_xent_normalise", TORCH_BOX(&crosspoint::binding::normalise<RowOrder::plain>));
   m.impl("_nt_xent_positives", TORCH_BOX(&crosspoint::binding::positives));
-  m.impl("_nt_xent_row_sums", TORCH_BOX(&crosspoint::binding::row_sums));
-  m.impl("_nt_xent_gradient", TORCH_BOX(&crosspoint::binding::gradient));
+  m.impl("_nt_xent_row_sums", TORCH_BOX(&crosspoint::binding::row_sums<contrast_sums>));
+  m.impl("_nt_xent_gradient", TORCH_BOX(&crosspoint::binding::gradient<contrast_gradient>));
   m.impl("_nt_xent_finish", TORCH_BOX(&crosspoint::binding::finish));
+  m.impl("_nt_xent_wgmma_normalise", TORCH_BOX(&crosspoint::binding::normalise<RowOrder::panels>));
+  m.impl("_nt_xent_wgmma_row_sums", TORCH_BOX(&crosspoint::binding::row_sums<contrast_wgmma_sums>));
+  m.impl("_nt_xent_wgmma_gradient", TORCH_BOX(&crosspoint::binding::gradient<contrast_wgmma_gradient>));
 }

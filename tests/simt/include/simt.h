@@ -48,6 +48,22 @@ void copy_later(const Copy& copy);
 void copies_commit();
 void copies_wait(int pending);
 
+// Barriers in shared memory that count arrivals and bytes (mbarrier), and copies that report to them; a copy lands when
+// somebody who waits looks.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+void copy_bulk(void* shared, const void* global, int bytes, uint64_t* barrier);
+
+// Products are formed when their group is waited for: `form` is given a copy of the item.
+void form_later(void (*form)(const void* item), const void* item, size_t bytes);
+void products_commit();
+void products_wait(int pending);
+
+uint32_t shared_offset(const void* address);  // in the block's shared memory
+unsigned char* shared_at(uint32_t offset);
+int thread_of_block();
+
 template <class T>
 T& shared_variable(const void* key, const char* name) {
   return *static_cast<T*>(shared_piece(key, -1, sizeof(T), alignof(T), name));

@@ -36,8 +36,12 @@ struct ContrastColumns {
   int64_t parts;  // of the columns, for each of which there is a result
 };
 
+// How `contrast_normalise` leaves rows: one behind the other, or as contrast_wgmma_* read them.
+enum class RowOrder : int { plain, panels };
+
 // rows (N, width) in the type of the product, and scale (N).
-cudaError_t contrast_normalise(const Embeddings& z, Product, int64_t width, void* rows, void* scale, cudaStream_t);
+cudaError_t contrast_normalise(const Embeddings& z, Product, RowOrder, int64_t width, void* rows, void* scale,
+                               cudaStream_t);
 
 // cosine (left.count): of left i and right partner[i], or right i where partner is null.
 cudaError_t contrast_positives(const Embeddings& left, const Embeddings& right, const int32_t* partner, double* cosine,
@@ -49,6 +53,11 @@ cudaError_t contrast_sums(const ContrastColumns&, int64_t row_views, void* sums,
 // partial (V, parts, row_count, width) and moments (V, parts, row_count), in the type of scale.
 cudaError_t contrast_gradient(const ContrastColumns&, const void* exponents, void* partial, void* moments,
                               cudaStream_t);
+
+// The same for bf16 and f16 of width 64, 128 or 256, rows in panels, on compute capability 9.0 (code for sm_90a).
+cudaError_t contrast_wgmma_sums(const ContrastColumns&, int64_t row_views, void* sums, cudaStream_t);
+cudaError_t contrast_wgmma_gradient(const ContrastColumns&, const void* exponents, void* partial, void* moments,
+                                    cudaStream_t);
 
 struct ContrastFinishArgs {
   Embeddings z, other;
