@@ -218,7 +218,7 @@ class OpTester(ABC):
             values = [call.args[i].clone().requires_grad_() for i in leaves]
             # Along a random direction: a call for each number would be thousands, and all are compared above.
             few = {"eps": 1e-6, "fast_mode": True}
-            assert torch.autograd.gradcheck(function, values, atol=1e-6, rtol=1e-5, **few)
+            assert torch.autograd.gradcheck(function, values, atol=1e-8, rtol=1e-5, **few)
             if self.twice_differentiable:
                 assert torch.autograd.gradgradcheck(function, values, atol=1e-5, rtol=1e-4, **few)
 
