@@ -261,20 +261,25 @@ class FilteredSearch {
 
   // rows_[q][j] = s of query q and point begin + j
   void approximate(const CentredCloud<T>& cloud, int64_t begin, int64_t size, int64_t count) {
-    constexpr int64_t R = Tile<T>::rows, L = lanes<T>;
+    constexpr int64_t R = Tile<T>::rows;
     for (int64_t j = 0; j < size; j += kPanel<T>) {
       const T* right = cloud.panels + (begin + j) * layout_.depth;
-      const Vec<T> norm0 = load(cloud.half_norms + begin + j), norm1 = load(cloud.half_norms + begin + j + L);
-      for (int64_t q = 0; q < count; q += R) {
-        Vec<T> acc[R][2];
-        multiply(left_.data() + q * layout_.depth, right, acc);
-        T* out = rows_.data() + q * chunk_ + j;
+      for (int64_t q = 0; q < count; q += R)
+        approximate_tile(left_.data() + q * layout_.depth, right, cloud.half_norms + begin + j,
+                         rows_.data() + q * chunk_ + j);
+    }
+  }
+
+  // Not inlined: in a larger function the sums would not stay in registers.
+  __attribute__((noinline)) void approximate_tile(const T* left, const T* right, const T* half_norms, T* out) const {
+    constexpr int64_t R = Tile<T>::rows, L = lanes<T>;
+    Vec<T> acc[R][Tile<T>::vectors];
+    multiply(left, right, acc);
+    const Vec<T> norm0 = load(half_norms), norm1 = load(half_norms + L);
 #pragma GCC unroll 12
-        for (int64_t r = 0; r < R; ++r) {
-          store(out + r * chunk_, norm0 - acc[r][0]);
-          store(out + r * chunk_ + L, norm1 - acc[r][1]);
-        }
-      }
+    for (int64_t r = 0; r < R; ++r) {
+      store(out + r * chunk_, norm0 - acc[r][0]);
+      store(out + r * chunk_ + L, norm1 - acc[r][1]);
     }
   }
 
