@@ -271,7 +271,8 @@ class FilteredSearch {
   }
 
   // Not inlined: in a larger function the sums would not stay in registers.
-  __attribute__((noinline)) void approximate_tile(const T* left, const T* right, const T* half_norms, T* out) const {
+  __attribute__((noinline)) void approximate_tile(const T* left, const T* right, const T* half_norms,
+                                                  T* out) const {
     constexpr int64_t R = Tile<T>::rows, L = lanes<T>;
     Vec<T> acc[R][Tile<T>::vectors];
     multiply(left, right, acc);
