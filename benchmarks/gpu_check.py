@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import contrast_paths, peers, registry
+from benchmarks import contrast_paths, peers, registry, train_step
 from benchmarks.knn_paths import SETTINGS, measure
 from benchmarks.measure import Clock, backends, runner
 from benchmarks.memory import extra_bytes
@@ -33,7 +33,18 @@ from crosspoint.ops import _library
 
 NEEDS_GPU = "needs a GPU"
 OPS = tuple(sorted({row.op for row in ops.describe_backends()}))
-STAGES = ("install", "build", "environment", "behaviour", "speeds", "paths", "battery", "wgmma", "sanitizers")
+STAGES = (
+    "install",
+    "build",
+    "environment",
+    "behaviour",
+    "speeds",
+    "steps",
+    "paths",
+    "battery",
+    "wgmma",
+    "sanitizers",
+)
 SCHEMA = 1
 
 
@@ -291,6 +302,8 @@ def summary(folder: Path) -> dict:
     for part in ("environment", "behaviour", "speeds", "paths"):
         path = folder / f"{part}.json"
         whole[part] = json.loads(path.read_text())["rows"] if path.exists() else []
+    paths = (folder / f"step_{model}.json" for model in train_step.MODELS)
+    whole["steps"] = [json.loads(path.read_text()) for path in paths if path.exists()]
     (folder / "gpu_check.json").write_text(json.dumps(whole, indent=2) + "\n")
     (folder / "table.txt").write_text(table(whole))
     return whole
@@ -318,11 +331,23 @@ def table(whole: dict) -> str:
         rates = "  ".join(f"{name} {1e-6 * row['flops'] / us:.1f}" for name, us in row["us"].items())
         lines += [f"    TFLOP/s of the least work: {rates}"] if rates else []
         lines += [f"    {name}: {why}" for name, why in {**row["errors"], **row["absent"]}.items()]
+    lines += ["", "whole training steps"]
+    for step in whole["steps"]:
+        name = f"{step['model']} {step['batch']} x {step['points']}"
+        lines += [
+            f"{name} {variant}: {_step(step[variant])}" for variant in train_step.VARIANTS if variant in step
+        ]
     lines += ["", "by path, microseconds"]
     for row in whole["paths"]:
         found = row.get("us") or row["status"]
         lines.append(f"{row['setting']} {row.get('op', '')} {tuple(row.get('shape', ()))}: {found}")
     return "\n".join(lines) + "\n"
+
+
+def _step(found: dict) -> str:
+    if "failed" in found:
+        return found["failed"]
+    return f"{1e3 * found['seconds']:.2f} ms, {found['shapes_per_second']:.0f} shapes/s, peak {found['peak_mib']} MiB"
 
 
 def main() -> None:

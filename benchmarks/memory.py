@@ -19,25 +19,12 @@ from benchmarks import peers, registry
 from benchmarks.measure import runner
 from benchmarks.registry import Case, build
 
-__all__ = [
-    "available",
-    "confine",
-    "extra_bytes",
-    "own_memory",
-    "peak_apart",
-    "peak_bytes",
-    "peak_resident",
-]
+__all__ = ["Growth", "available", "extra_bytes", "peak_apart", "peak_bytes"]
 
 
 def peak_resident() -> int:
     """Largest resident memory of this process so far, in bytes."""
     return _status("VmHWM")
-
-
-def own_memory() -> int:
-    """What this process holds of its own, whether used or not, in bytes: that which `confine` limits."""
-    return _status("VmData")
 
 
 def _status(name: str, file: str = "/proc/self/status") -> int:
@@ -119,8 +106,10 @@ def extra_bytes(run: Callable[[], list[Tensor]]) -> int:
 # ---- limits
 
 
-def available() -> int:
-    """Bytes that new processes can take before this machine, or the container around us, has none left."""
+def available(device: str = "cpu") -> int:
+    """Bytes that new processes can take before this machine, the container around us, or the GPU has none left."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     free = _status("MemAvailable", "/proc/meminfo")
     group = Path("/sys/fs/cgroup")
     try:
@@ -131,6 +120,29 @@ def available() -> int:
     return free if most == "max" else min(free, int(most) - used)
 
 
-def confine(most: int) -> None:
-    """Let this process hold at most so many bytes of its own: beyond, allocations fail, and nothing else suffers."""
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+class Growth:
+    """The memory that this process takes on a device: at most so many bytes (beyond, allocations fail, and nothing else
+    suffers), and how much more at its peak than when `start` was called."""
+
+    def __init__(self, device: str, most: int) -> None:
+        self.on_gpu = device == "cuda"
+        if self.on_gpu:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, most / total))
+        else:
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+    def start(self) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.held = (
+            torch.cuda.memory_reserved() if self.on_gpu else _status("VmData")
+        )  # what the limit counts
+        self._base = self._peak()
+
+    def bytes(self) -> int:
+        return self._peak() - self._base
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.on_gpu else peak_resident()

@@ -335,6 +335,20 @@ def _gpu(machine: Measured) -> Iterator[str]:
             "before each call."
         )
         yield _table(("case", "target", *names), body)
+        steps = [
+            [
+                f"{step['model']}, {step['batch']} x {step['points']}, {variant}",
+                f"{1e3 * step[variant]['seconds']:.2f}",
+                f"{step[variant]['shapes_per_second']:.0f}",
+                step[variant]["peak_mib"],
+            ]
+            for step in result.get("steps", ())
+            for variant in ("plain", "fused")
+            if "seconds" in step.get(variant, {})
+        ]
+        if steps:
+            yield "Whole training steps: forward, backward and Adam."
+            yield _table(("step", "ms", "shapes/s", "peak MiB"), steps)
 
 
 _PARTS = (_targets, _weak_spots, _steps, _operators, _growth, _threads, _instruction_sets, _gpu)

@@ -7,11 +7,12 @@ The models: `dgcnn`, the encoder, with a sum of squares for a loss; `crosspoint`
 views through DGCNN, images through ResNet-50, both losses, Adam. "fused" is crosspoint.models, "plain" the same in
 plain PyTorch (benchmarks/plain.py); the ResNet is the same in both.
 
-Each variant lives in a process of its own (peak resident memory is a process's figure), holds the same weights
-and the same clouds, and steps in turn with the others, so that a change of the machine's speed meets all of
-them. With `--malloc tuned` glibc keeps large blocks instead of returning them to the kernel after every tensor:
-the harder baseline, because most of what the plain step loses otherwise is page faults. No process may take more than
-what the machine has free, so that a batch that does not fit fails by itself and is reported as that.
+On a GPU where torch sees one (`--device`), else on the CPU. Each variant lives in a process of its own (peak memory is
+a process's figure: resident memory, or on a GPU what torch has allocated), holds the same weights and the same clouds,
+and steps in turn with the others, so that a change of the machine's speed meets all of them. With `--malloc tuned`
+glibc keeps large blocks instead of returning them to the kernel after every tensor: the harder baseline, because most
+of what the plain step loses otherwise is page faults. No process may take more than what the machine has free, so that
+a batch that does not fit fails by itself and is reported as that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.inputs import clouds
-from benchmarks.memory import available, confine, own_memory, peak_resident
+from benchmarks.memory import Growth, available
 from benchmarks.plain import PlainCrossPoint, PlainDGCNN, plain_state
 from crosspoint.models import DGCNN, CrossPoint, ResNet
 
@@ -83,15 +84,18 @@ def loss_of(model: torch.nn.Module, inputs: Sequence[Tensor]) -> Tensor:
 
 def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -> None:
     """A variant's process: one training step (forward, backward, Adam) for every message."""
-    confine(most)
+    memory = Growth(args.device, most)
     torch.set_num_threads(args.threads)
-    model = make_model(args.model, variant, args.k, args.depth).train()
+    model = make_model(args.model, variant, args.k, args.depth).train().to(args.device)
     # Libraries get loaded and the thread pool started before memory is counted.
-    loss_of(model, make_inputs(args.model, 2, max(args.k, 64), 64)).backward()
+    small = make_inputs(args.model, 2, max(args.k, 64), 64)
+    loss_of(model, [each.to(args.device) for each in small]).backward()
+    model.zero_grad(set_to_none=True)
     model.load_state_dict(make_model(args.model, variant, args.k, args.depth).state_dict())
-    base, held = peak_resident(), own_memory()
+    memory.start()
     try:
         inputs = make_inputs(args.model, args.batch, args.points, args.image_size)
+        inputs = [each.to(args.device) for each in inputs]
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         while pipe.recv() == "step":
             started = time.perf_counter()
@@ -99,9 +103,13 @@ def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
+            value = loss.item()
+            if memory.on_gpu:
+                torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            peak = peak_resident() - base
-            pipe.send({"seconds": seconds, "loss": loss.item(), "peak_bytes": peak, "held_bytes": held})
+            pipe.send(
+                {"seconds": seconds, "loss": value, "peak_bytes": memory.bytes(), "held_bytes": memory.held}
+            )
     except (RuntimeError, MemoryError) as error:
         if not _is_about_memory(error):
             raise
@@ -166,7 +174,7 @@ def _allocator(malloc: str) -> Iterator[None]:
 
 def measure(args: argparse.Namespace) -> dict:
     """All variants in turn. One that does not fit is left out, with the reason."""
-    free = int(_SPARE * available())
+    free = int(_SPARE * available(args.device))
     workers: dict[str, Worker] = {}
     steps: dict[str, list[dict]] = {}
     failed: dict[str, str] = {}
@@ -201,14 +209,16 @@ def summarise(args: argparse.Namespace, steps: dict[str, list[dict]], failed: di
         "threads": args.threads,
         **{
             name: value
-            for name, value in machine.facts().items()
+            for name, value in machine.facts(args.device).items()
             if name not in ("threads", "malloc", "peers")
         },
         "malloc": args.malloc,
     }
     for variant, runs in steps.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
         result[variant] = {
-            "seconds": statistics.median(run["seconds"] for run in runs),
+            "seconds": seconds,
+            "shapes_per_second": args.batch / seconds,
             "seconds_all": [round(run["seconds"], 4) for run in runs],
             "peak_mib": round(max(run["peak_bytes"] for run in runs) / 2**20),
             "loss": runs[0]["loss"],
@@ -269,6 +279,7 @@ def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="dgcnn")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--points", type=int, default=2048)
     parser.add_argument("--k", type=int, default=20)
@@ -288,10 +299,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     result = measure(args)
     save(args.out, result)
     if args.largest_batch:
-        most = int(min(args.largest_batch * 2**30, _SPARE * available()))
+        most = int(min(args.largest_batch * 2**30, _SPARE * available(args.device)))
         found = {variant: largest_batch(args, variant, most) for variant in args.variants}
         result["largest_batch"] = {"limit_mib": most >> 20, **found}
         save(args.out, result)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a machine with an NVIDIA GPU can show, in under 9 minutes and without a network:
 # build, the operators' battery on the device, compute-sanitizer, determinism, CUDA graphs, streams, memory, speeds,
-# k-NN by each of its searches, contrastive losses by wgmma.
+# whole training steps, k-NN by each of its searches, contrastive losses by wgmma.
 #   scripts/gpu_check.sh [--rehearse] [--only OP] OUT
 # writes OUT/gpu_check.json, OUT/table.txt and OUT/log.txt. A stage that fails or runs out of time loses nothing else:
 # what each has found so far is in OUT too.
@@ -28,7 +28,7 @@ if [ $device = cuda ] && ! "$python" -c "import sys, torch; sys.exit(not torch.c
   exit 2
 fi
 mkdir -p "$out" build/gpu_check
-rm -f "$out"/{stages.tsv,log.txt,table.txt,{gpu_check,environment,behaviour,speeds,paths}.json}
+rm -f "$out"/{stages.tsv,log.txt,table.txt,{gpu_check,environment,behaviour,speeds,step_dgcnn,step_crosspoint,paths}.json}
 deadline=${GPU_CHECK_SECONDS:-520}
 
 # stage NAME LIMIT COMMAND...: its output goes to the log; its fate, seconds and last line to stages.tsv
@@ -107,6 +107,18 @@ battery() {
   [ $code = 0 ] && grep -q ' passed' "$log"  # skipping everything is no pass
 }
 
+# Whole training steps, fused and plain: DGCNN's, and CrossPoint's at its authors' batch.
+steps() {
+  local failed=0 model sizes
+  for model in dgcnn crosspoint; do
+    sizes=(--batch 32 --points 1024 --k 20 --steps 10)
+    [ $model = crosspoint ] && sizes=(--batch 20 --points 2048 --k 20 --steps 5)
+    [ $device = cpu ] && sizes=(--batch 2 --points 64 --k 4 --steps 1 --depth 18 --image-size 32)
+    "$python" -m benchmarks.train_step --device $device --model $model "${sizes[@]}" --out "$1/step_$model.json" || failed=1
+  done
+  return $failed
+}
+
 # The contrastive losses' tests again, by Hopper's own instructions where they apply.
 wgmma() {
   if [ $device = cpu ] || ! "$python" -c "import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))"; then
@@ -141,7 +153,7 @@ sanitizers() {
   return $failed
 }
 
-export -f install build battery battery_of wgmma sanitizers
+export -f install build steps battery battery_of wgmma sanitizers
 venv=$PWD/build/gpu_check/venv
 export python device tests venv
 check() { stage "$1" "$2" "$python" -m benchmarks.gpu_check "$1" --device $device --out "$out/$1.json" "${@:3}"; }
@@ -152,6 +164,7 @@ stage build 240 bash -c build
 check environment 60
 check behaviour 90 "${only[@]}"
 check speeds 120 --seconds 90 "${only[@]}"
+stage steps 90 bash -c 'steps "$1"' _ "$out"
 check paths 90
 stage battery 170 bash -c battery &
 stage wgmma 170 bash -c wgmma &

@@ -18,7 +18,18 @@ from crosspoint import ops
 from crosspoint.ops import _dispatch, _preferences
 
 ROOT = Path(__file__).parents[1]
-STAGES = ["install", "build", "environment", "behaviour", "speeds", "paths", "battery", "wgmma", "sanitizers"]
+STAGES = [
+    "install",
+    "build",
+    "environment",
+    "behaviour",
+    "speeds",
+    "steps",
+    "paths",
+    "battery",
+    "wgmma",
+    "sanitizers",
+]
 STATUSES = {"passed", "failed", "timed out", "no time left", "needs a GPU"}
 
 
@@ -32,7 +43,7 @@ def gpu_check(out: Path, *arguments: str, **environment: str) -> tuple[int, dict
     )
     assert (out / "gpu_check.json").exists(), ran.stderr
     whole = json.loads((out / "gpu_check.json").read_text())
-    assert list(whole) == ["schema", "stages", "environment", "behaviour", "speeds", "paths"]
+    assert list(whole) == ["schema", "stages", "environment", "behaviour", "speeds", "paths", "steps"]
     assert whole["schema"] == 1
     assert list(whole["stages"]) == STAGES
     assert {stage["status"] for stage in whole["stages"].values()} <= STATUSES
@@ -67,8 +78,16 @@ def test_rehearsal_runs_every_stage(tmp_path):
         assert row["us"]["plain"] > 0
         assert row["extra_bytes"] == dict.fromkeys(row["us"], "needs a GPU")
         assert row["errors"] == {"compiled": "needs a GPU"}
+    assert [step["model"] for step in whole["steps"]] == ["dgcnn", "crosspoint"]
+    for step in whole["steps"]:
+        assert (
+            step["device"] == "cpu"
+            and step["fused"]["shapes_per_second"] > 0
+            and step["plain"]["peak_mib"] >= 0
+        )
     assert " passed" in whole["stages"]["battery"]["last_line"]
-    assert "knn_graph (2, 100, 3), k=5: native" in (tmp_path / "table.txt").read_text()
+    table = (tmp_path / "table.txt").read_text()
+    assert "knn_graph (2, 100, 3), k=5: native" in table and "crosspoint 2 x 64 fused: " in table
 
 
 def test_a_stage_that_fails_loses_nothing_else(tmp_path):

@@ -116,7 +116,7 @@ def test_share_of_others_is_what_is_not_ours(monkeypatch):
 def args_of(**changed):
     values = {
         "model": "crosspoint", "batch": 2, "points": 32, "k": 4, "depth": 18, "image_size": 32, "steps": 2,
-        "threads": 1, "malloc": "default", "variants": ["fused", "plain"],
+        "threads": 1, "malloc": "default", "device": "cpu", "variants": ["fused", "plain"],
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changed})
 
@@ -125,6 +125,8 @@ def test_a_crosspoint_step_of_both_variants():
     result = train_step.measure(args_of())
     assert result["fused"]["loss"] == pytest.approx(result["plain"]["loss"], rel=1e-3)
     assert len(result["plain"]["seconds_all"]) == 2 and result["speedup"] > 0
+    assert result["fused"]["shapes_per_second"] == pytest.approx(2 / result["fused"]["seconds"])
+    assert result["plain"]["peak_mib"] > 0 and result["device"] == "cpu"
 
 
 def test_variants_that_disagree_have_no_speed():

@@ -118,9 +118,19 @@ def test_results_of_a_gpu_are_a_table(results):
         {"op": "nt_xent", "case": "N=8, D=8", "us": {"triton": 7.0}, "target_us": None},
     ]
     environment = [{"name": "device", "value": "a GPU"}, {"name": "torch", "value": "2.13"}]
-    (results / "gpu_check.json").write_text(json.dumps({"environment": environment, "speeds": rows}))
+    fused = {"seconds": 0.0042, "shapes_per_second": 7619.04, "peak_mib": 512}
+    step = {
+        "model": "dgcnn",
+        "batch": 32,
+        "points": 1024,
+        "fused": fused,
+        "plain": {"failed": "does not fit"},
+    }
+    found = {"environment": environment, "speeds": rows, "steps": [step]}
+    (results / "gpu_check.json").write_text(json.dumps(found))
     text = report.page([load(results)], "page", {})
     assert "### a GPU" in text
+    assert "| dgcnn, 32 x 1024, fused | 4.20 | 7619 | 512 |" in text
     assert "| knn_graph (1, 8, 3), k=4 | 30 | 20.0 | 90.5 |  |\n| nt_xent N=8, D=8 |  |  |  | 7.0 |" in text
 
 
