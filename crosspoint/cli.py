@@ -55,6 +55,14 @@ _COMMANDS = {
         ("data",),
         "crosspoint pretrain data/ --out runs/first",
     ),
+    "profile": _Command(
+        "say where the time of a pre-training step goes, with a trace",
+        "crosspoint.train.profile",
+        "ProfileConfig",
+        "profile",
+        ("data",),
+        "crosspoint profile data/ --steps 20",
+    ),
     "data check": _Command(
         "report on a folder of data before hours are spent on it",
         "crosspoint.data.check",

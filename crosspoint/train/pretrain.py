@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosspoint import models
@@ -43,7 +44,7 @@ from crosspoint.train.optim import learning_rate, make_optimizer
 from crosspoint.train.ranks import Ranks, joined
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
 
-__all__ = ["pretrain"]
+__all__ = ["Run", "open_dataset", "pretrain"]
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +78,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
             )
         state = _find_state(config, out, log.info if ranks.first else log.debug)
         ranks.barrier()  # all have looked before one writes
-        dataset = ranks.first_then_all(lambda: _dataset(config, out))
+        dataset = ranks.first_then_all(lambda: open_dataset(config, out))
         if ranks.first:
             out.mkdir(parents=True, exist_ok=True)
             if state is None:
                 save_config(out / "config.yaml", _without_resume(config))
         with isolated(ranks.device):
-            return _Run(config, dataset, ranks, state).train()
+            return Run(config, dataset, ranks, state).train()
 
 
-class _Run:
+class Run:
+    """One training: `train` makes it whole; `batches` and `train_step` are its parts."""
+
     def __init__(
         self, config: PretrainConfig, dataset: PairDataset, ranks: Ranks, state: TrainState | None
     ) -> None:
@@ -130,9 +133,9 @@ class _Run:
         run_log = open_log(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
         before, started = self.seconds, time.perf_counter()
         with contextlib.closing(run_log), Signals() as signals:
-            for batch in self._batches():
+            for batch in self.batches():
                 epoch = self.step // self.steps_per_epoch
-                self.metrics = self._train_step(batch)
+                self.metrics = self.train_step(batch)
                 self.step += 1
                 self.seconds = before + time.perf_counter() - started
                 ends_epoch = self.step % self.steps_per_epoch == 0
@@ -158,7 +161,8 @@ class _Run:
             "shapes_per_second": round(self.step * config.batch_size / max(self.seconds, 1e-9), 3),
         }
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """What this rank loads for every step that is left."""
         config = self.config
         return iter(
             DataLoader(
@@ -171,7 +175,8 @@ class _Run:
             )
         )
 
-    def _train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+    def train_step(self, batch: dict[str, Tensor]) -> dict[str, float]:
+        """Forward, backward and the update; what the log says of it. Its parts have names in a profile."""
         config, device, step = self.config, self.device, self.step
         torch.manual_seed(derive_seed(config.seed, _STEP, step, *self.ranks.key))
         # On the CPU, so that every device sees the same views.
@@ -179,10 +184,11 @@ class _Run:
         generator = torch.Generator().manual_seed(seed)
         points = batch["points"].to(device, non_blocking=True)  # (B, N, 3)
         images = batch["image"].to(device, non_blocking=True)  # (B, [V,] 3, H, W), uint8
-        view1 = self.cloud_augmentation(points, generator)
-        view2 = self.cloud_augmentation(points, generator)
-        rows = images.shape[:-3]
-        images = self.image_augmentation(images.flatten(0, -4), generator).unflatten(0, rows)
+        with record_function("augment"):
+            view1 = self.cloud_augmentation(points, generator)
+            view2 = self.cloud_augmentation(points, generator)
+            rows = images.shape[:-3]
+            images = self.image_augmentation(images.flatten(0, -4), generator).unflatten(0, rows)
 
         lr = learning_rate(config, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
@@ -198,7 +204,8 @@ class _Run:
             for buffer, former in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(former)
             self._stop_at_non_finite(metrics)
-        self.optimizer.step()
+        with record_function("optimizer"):
+            self.optimizer.step()
         return {**metrics, "lr": lr}
 
     def _backward(self, view1: Tensor, view2: Tensor, images: Tensor) -> models.CrossPointOutput:
@@ -208,13 +215,15 @@ class _Run:
             return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
 
         if self.config.part_size is None:
-            with autocast():
+            with record_function("forward"), autocast():
                 output = (self.averaging or self.model)(view1, view2, images)
-            output.loss.backward()
+            with record_function("backward"):
+                output.loss.backward()
             return output
         largest = -(-self.config.batch_size // self.ranks.world)  # rank's share
         parts = -(-largest // self.config.part_size)
-        output = cached_backward(self.model, view1, view2, images, parts=parts, autocast=autocast)
+        with record_function("forward and backward"):
+            output = cached_backward(self.model, view1, view2, images, parts=parts, autocast=autocast)
         self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
         return output
 
@@ -326,7 +335,7 @@ def _find_state(config: PretrainConfig, out: Path, say: Callable[..., None]) -> 
     return state
 
 
-def _dataset(config: PretrainConfig, out: Path) -> PairDataset:
+def open_dataset(config: PretrainConfig, out: Path) -> PairDataset:
     root = Path(config.data)
     if config.data == GENERATED:
         if config.up != "y":

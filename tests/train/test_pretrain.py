@@ -364,7 +364,7 @@ def test_lars_resumes(data, tmp_path):
     out = tmp_path / "stopped"
     config = tiny_config(data, out, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_module._Run, "_save", stop_after(3, pretrain_module._Run._save))
+        patch.setattr(pretrain_module.Run, "_save", stop_after(3, pretrain_module.Run._save))
         with pytest.raises(InterruptedError):
             pretrain(config)
     assert load_state(out / "state.pt").step == 3
