@@ -30,7 +30,7 @@ def compiled():
 
 
 @each
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)  # for all that the first one compiles
 def test_fits_the_processor(compiled, variant, architecture):
     result = compiled[variant.name, architecture]
     assert result.stack == 0, f"{result.stack} bytes of local memory at {result.registers} registers"
