@@ -11,7 +11,7 @@ import pytest
 
 import crosspoint
 
-pytestmark = pytest.mark.timeout(900)  # the first to run compiles the kernels
+pytestmark = pytest.mark.timeout(2400)  # the first to run compiles the kernels
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "tests" / "cpp" / "example"

@@ -194,7 +194,7 @@ FALLBACKS: dict[str, dict[str, int]] = {}
 NVCC = shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.access(p, os.X_OK)), None)
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="no CUDA compiler (nvcc) on PATH or in /usr/local/cuda"),
-    pytest.mark.timeout(900),  # the first test compiles everything
+    pytest.mark.timeout(2400),  # the first test compiles everything
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from simt_harness import sanitizer_environment
 
 
-@pytest.mark.timeout(900)  # it compiles everything once more
+@pytest.mark.timeout(2400)  # it compiles everything once more
 @pytest.mark.parametrize(
     "tests",
     [
