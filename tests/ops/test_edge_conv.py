@@ -98,7 +98,7 @@ class TestEdgeConv(OpTester):
             "evaluation": lambda: make(mode="evaluation"),
             "no_norm": lambda: make(mode="no_norm"),
             "no_running_statistics": lambda: make(running=False),
-            "several_blocks": lambda: make(2, 70, 20, 35, 130, seed=2),
+            "several_blocks": lambda: make(2, 70, 20, 19, 70, seed=2),
             "several_parts": lambda: make(2, 300, 3, 3, 6, seed=2),
             "one_cloud": lambda: make(1, 40, 8, 3, 64, seed=7),
             "many_clouds": lambda: make(19, 6, 3, 4, 16, seed=8),
