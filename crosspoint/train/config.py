@@ -45,6 +45,9 @@ class PretrainConfig:
     part_size: int | None = None
     """Encode this many shapes at a time, in each process, and each twice: for batches whose activations do not fit. The
     losses still compare the whole batch, but batch norm sees parts. None: the whole batch at once."""
+    activation_checkpointing: bool = False
+    """Compute the encoders' blocks again for the backward pass in place of keeping their activations: less memory, one
+    more forward pass, the same numbers."""
     points: int = 2048
     """Points per cloud."""
     image_size: int = 224
@@ -53,10 +56,10 @@ class PretrainConfig:
     """Rendered views of each shape in a step, drawn anew every epoch; their projections are averaged."""
     crop: float | None = None
     """Least share of the area in random crops of the images (the paper has them; 0.2, say). None: whole images."""
-    optimizer: Literal["adam", "lars"] = "adam"
-    """Adam, or LARS (arXiv 1708.03888) for large batches."""
+    optimizer: Literal["adam", "lars", "lamb"] = "adam"
+    """Adam; or, for large batches, LARS (arXiv 1708.03888) or LAMB (arXiv 1904.00962)."""
     lr: float = 1e-3
-    """Learning rate in the first epoch; of LARS some hundred times that of Adam."""
+    """Learning rate in the first epoch; of LARS some hundred times that of Adam, of LAMB about that of Adam."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """"linear" or "sqrt": lr is that of a batch of 20, and grows so with batch_size."""
     warmup_epochs: int = 0
@@ -88,7 +91,7 @@ class PretrainConfig:
         for name, allowed, rule in (
             ("lr", self.lr > 0, "be positive"),
             ("weight_decay", self.weight_decay >= 0, "not be negative"),
-            ("optimizer", self.optimizer in ("adam", "lars"), "be 'adam' or 'lars'"),
+            ("optimizer", self.optimizer in ("adam", "lars", "lamb"), "be 'adam', 'lars' or 'lamb'"),
             ("lr_scaling", self.lr_scaling in ("none", "linear", "sqrt"), "be 'none', 'linear' or 'sqrt'"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (

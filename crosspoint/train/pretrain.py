@@ -35,6 +35,7 @@ from crosspoint.data import CloudAugmentation, ImageAugmentation, PackedPairs, P
 from crosspoint.data.pack import is_packed
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
+from crosspoint.models.blocks import checkpoint_activations
 from crosspoint.train.cached import cached_backward
 from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
@@ -108,6 +109,8 @@ class Run:
             self._restore(state)
         if ranks.world > 1:
             self.model.synchronise()
+        if config.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.averaging = None
         if ranks.world > 1 and config.part_size is None:
             self.averaging = DistributedDataParallel(

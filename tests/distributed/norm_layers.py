@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosspoint import models, ops
+from crosspoint.models.blocks import checkpoint_activations
 from crosspoint.nn import EdgeConv2, SharedLinear, SyncBatchNorm, convert_sync_batch_norm
 from crosspoint.train.cached import cached_backward
 from crosspoint.train.ranks import Ranks
@@ -184,5 +185,8 @@ def results(rank: int, world: int, group) -> dict:
         found["half"] = norm(own["x"].flatten(0, 1).bfloat16())
     found["running"] = norm.running_var
     found["crosspoint"] = crosspoint(own, lambda model: DistributedDataParallel(model.synchronise()))
+    found["computed again"] = crosspoint(
+        own, lambda model: DistributedDataParallel(checkpoint_activations(model.synchronise()))
+    )
     found["cached"] = in_parts([own], cached)
     return found

@@ -92,10 +92,12 @@ def test_modules_equal_one_process(results, world):
 
 
 @worlds
-def test_crosspoint_under_ddp(results, world):
-    """One step of CrossPoint, graphs pinned: every parameter gets, on every rank, the gradient of one process."""
+@pytest.mark.parametrize("kind", ["crosspoint", "computed again"])
+def test_crosspoint_under_ddp(results, world, kind):
+    """One step of CrossPoint, graphs pinned: every parameter gets, on every rank, the gradient of one process; also
+    where the backward pass computes the blocks again."""
     whole = norm_layers.crosspoint(norm_layers.inputs(), lambda model: model)
-    assert_same([rank["norms"]["crosspoint"] for rank in results(world)], whole, 1e-10, average=True)
+    assert_same([rank["norms"][kind] for rank in results(world)], whole, 1e-10, average=True)
 
 
 @worlds

@@ -1,4 +1,4 @@
-"""Rates by batch size and step, and LARS against its formula."""
+"""Rates by batch size and step; LARS and LAMB against their formulas."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from crosspoint.train import PretrainConfig
-from crosspoint.train.optim import LARS, learning_rate, make_optimizer
+from crosspoint.train.optim import LAMB, LARS, learning_rate, make_optimizer
 
 
 def test_warm_up_and_cosine():
@@ -47,6 +47,42 @@ def test_lars():
         LARS(found, lr=0.1, trust=-1)
 
 
+def test_lamb():
+    """Three steps by the formula; vectors move as under Adam."""
+    torch.manual_seed(0)
+    matrix, vector = torch.randn(3, 4).double(), torch.randn(4).double()
+    found = [t.clone().requires_grad_() for t in (matrix, vector)]
+    plain = vector.clone().requires_grad_()
+    optimizer = LAMB(found, lr=0.1, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.2)
+    adam = torch.optim.Adam([plain], lr=0.1, betas=(0.8, 0.95), eps=1e-3)
+    average, squares = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    for step in range(1, 4):
+        found[0].grad, found[1].grad = torch.randn(3, 4).double(), torch.randn(4).double()
+        plain.grad = found[1].grad.clone()
+        average = 0.8 * average + 0.2 * found[0].grad
+        squares = 0.95 * squares + 0.05 * found[0].grad ** 2
+        change = average / (1 - 0.8**step) / ((squares / (1 - 0.95**step)).sqrt() + 1e-3) + 0.2 * matrix
+        matrix = matrix - 0.1 * matrix.norm() / change.norm() * change
+        optimizer.step()
+        adam.step()
+    torch.testing.assert_close(found[0].detach(), matrix)
+    torch.testing.assert_close(found[1].detach(), plain.detach())
+    with pytest.raises(ValueError, match="LAMB: beta2 must be between 0 and 1, got 1"):
+        LAMB(found, lr=0.1, beta2=1.0)
+
+
+@pytest.mark.parametrize("kind", [LARS, LAMB])
+def test_no_value_is_read_on_the_host(kind):
+    """Tensors without data have no values; the rate may be a tensor, too."""
+    parameters = [torch.zeros(size, device="meta", requires_grad=True) for size in ((3, 4), (4,))]
+    optimizer = kind(parameters, lr=0.1)
+    optimizer.param_groups[0]["lr"] = torch.zeros((), device="meta")
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+
+
 @pytest.mark.parametrize("weight, grad", [(0.0, 2.0), (1.0, 0.0)])
 def test_lars_of_nothing(weight, grad):
     """A weight of 0 moves by its gradient, and a gradient of 0 moves nothing."""
@@ -59,4 +95,5 @@ def test_lars_of_nothing(weight, grad):
 def test_choice_of_optimizer():
     parameters = [torch.zeros(2, requires_grad=True)]
     assert isinstance(make_optimizer(PretrainConfig(optimizer="lars"), parameters), LARS)
+    assert isinstance(make_optimizer(PretrainConfig(optimizer="lamb"), parameters), LAMB)
     assert isinstance(make_optimizer(PretrainConfig(), parameters), torch.optim.Adam)

@@ -414,7 +414,7 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"lr": 0.0}, "lr must be positive"),
         ({"up": "x"}, "up must be 'y' or 'z'"),
         ({"part_size": 1}, "part_size must leave each of the even parts"),
-        ({"optimizer": "sgd"}, "optimizer must be 'adam' or 'lars'"),
+        ({"optimizer": "sgd"}, "optimizer must be 'adam', 'lars' or 'lamb'"),
         ({"lr_scaling": "cubic"}, "lr_scaling must be 'none'"),
         ({"crop": 0.0}, "crop must be a share of the area"),
         ({"views": 3}, "have fewer than 3 views"),
@@ -498,6 +498,18 @@ def test_bfloat16(data, tmp_path):
     summary = pretrain(tiny_config(data, tmp_path / "amp", amp=True, epochs=1))
     assert summary["loss"] > 0
     assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "amp").values())
+
+
+def test_activation_checkpointing_changes_no_number(data, finished, tmp_path):
+    """Dropout and batch norm included; a run may go on with it or without."""
+    out = tmp_path / "run"
+    config = tiny_config(data, out, activation_checkpointing=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_module.Run, "_save", stop_after(3, pretrain_module.Run._save))
+        with pytest.raises(InterruptedError):
+            pretrain(config)
+    pretrain(replace(config, resume=True, activation_checkpointing=False))
+    assert_same_weights(finished[0], out)
 
 
 def test_trains(data, tmp_path):

@@ -1,0 +1,74 @@
+"""Models by their blocks, which the backward pass may compute again, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from crosspoint.models.crosspoint import CrossPoint
+from crosspoint.nn import EdgeConv, EdgeConv2, SharedLinear
+
+__all__ = ["checkpoint_activations"]
+
+
+def checkpoint_activations(model: CrossPoint) -> CrossPoint:
+    """Let the backward pass compute the encoders' blocks again, each from its input, and return the model.
+
+    Blocks are the layers of a point encoder (`EdgeConv`, `EdgeConv2`, `SharedLinear`; graphs are kept) and the residual
+    or transformer blocks of an image encoder; an encoder that has none is one. Values, gradients, running statistics
+    and what is drawn are those without: both computations draw the same random numbers, exchange the same statistics
+    between ranks, and the second leaves the running statistics alone.
+
+    Call it before DistributedDataParallel.
+    """
+    for encoder in (model.point_encoder, model.image_encoder):
+        layers = [m for m in encoder.modules() if isinstance(m, (EdgeConv, EdgeConv2, SharedLinear))]
+        for block in layers or [*_repeated(encoder)] or [encoder]:
+            _compute_again(block)
+    return model
+
+
+def _repeated(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
+    """The outermost items of lists and sequences that are made of parts: residual blocks, transformer blocks."""
+    container = type(module) in (nn.Sequential, nn.ModuleList)
+    if listed and not container and any(True for _ in module.children()):
+        yield module
+        return
+    for child in module.children():
+        yield from _repeated(child, container)
+
+
+def _compute_again(block: nn.Module) -> None:
+    forward = block.forward
+
+    def forward_and_forget(*args: object, **kwargs: object) -> object:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            early_stop=False,  # ranks must exchange alike, an empty one too
+            context_fn=lambda: (contextlib.nullcontext(), _on_copies_of_statistics(block)),
+            **kwargs,
+        )
+
+    block.forward = forward_and_forget
+
+
+@contextlib.contextmanager
+def _on_copies_of_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norms update copies of their running statistics: they have seen the batch before."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm, name, value) for norm in norms for name, value in norm.named_buffers()]
+    for norm, name, value in kept:
+        setattr(norm, name, value.clone())
+    try:
+        yield
+    finally:
+        for norm, name, value in kept:
+            setattr(norm, name, value)
