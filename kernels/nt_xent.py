@@ -14,6 +14,7 @@ from crosspoint.kernels.nt_xent_rows import finish, narrowed, normalise, positiv
 
 __all__ = [
     "ACROSS",
+    "BEHIND",
     "LABELS",
     "WITHIN",
     "finish",
@@ -25,8 +26,9 @@ __all__ = [
     "sums_kernel",
 ]
 
-# Which columns count: all but the row and its positive, those of the other view but the positive, or by labels.
-WITHIN, ACROSS, LABELS = (tl.constexpr(kind) for kind in range(3))
+# Which columns count: all but the row and its positive, those of the other view but the positive, by labels, or those
+# behind the n rows.
+WITHIN, ACROSS, LABELS, BEHIND = (tl.constexpr(kind) for kind in range(4))
 # Below every x, and finite; and x of what does not count.
 LOWEST, ABSENT = tl.constexpr(-1e30), tl.constexpr(-2e30)
 
@@ -45,7 +47,7 @@ def multiply(b_left, b_right, b_sum, PRODUCT: tl.constexpr):
 
 
 @triton.jit
-def _columns_of_part(i_view, N, KIND: tl.constexpr, TILE: tl.constexpr):
+def _columns_of_part(i_view, N, n, KIND: tl.constexpr, TILE: tl.constexpr):
     """The first column of this program's part, and the end: columns are the rows of both views, one's behind the
     other's."""
     begin = tl.zeros([], tl.int32)
@@ -55,6 +57,8 @@ def _columns_of_part(i_view, N, KIND: tl.constexpr, TILE: tl.constexpr):
     if KIND == ACROSS:
         begin += (1 - i_view) * N
         end += begin
+    if KIND == BEHIND:
+        begin += n
     n_tile = tl.cdiv(tl.cdiv(end - begin, TILE), tl.num_programs(1))
     begin += tl.program_id(1) * n_tile * TILE
     return begin, tl.minimum(end, begin + n_tile * TILE)
@@ -71,9 +75,11 @@ def _tiles_around(begin, n_tile, i_first, ROWS: tl.constexpr, TILE: tl.constexpr
 @triton.jit
 def _exceptions(i_view, i_first, begin, end, N, KIND: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """The number of tiles, and two ranges of them, in order: those where some row of [i_first, i_first + ROWS), or its
-    positive, is a column; with labels, all."""
+    positive, is a column; with labels, all; behind the rows, none."""
     n_tile = tl.cdiv(tl.maximum(end - begin, 0), TILE)
     low, low_end, high, high_end = n_tile * 0, n_tile, n_tile, n_tile
+    if KIND == BEHIND:
+        low_end = low
     if KIND == WITHIN:
         low, low_end = _tiles_around(begin, n_tile, i_first, ROWS, TILE)
         high, high_end = _tiles_around(begin, n_tile, N + i_first, ROWS, TILE)
@@ -212,7 +218,7 @@ def sums_kernel(
     if KIND == LABELS:
         b_label = tl.load(p_labels + o_self, mask=m_row, other=-2)
         b_target = tl.load(p_target + o_self, mask=m_row, other=0.0)
-    begin, end = _columns_of_part(i_view, N, KIND, TILE)
+    begin, end = _columns_of_part(i_view, N, n, KIND, TILE)
     n_tile, low, low_end, high, high_end = _exceptions(
         i_view, first + i_block * ROWS, begin, end, N, KIND, ROWS, TILE
     )
@@ -255,7 +261,7 @@ def row_sums(
     with device_of(rows):
         sums_kernel[grid](
             *(rows, scale, temperature, labels, target, sums, rows.shape[1], first_row, n, rows.shape[2]),
-            **_kind(labels, product, within_views),
+            **_kind(rows, labels, product, within_views),
             **constants,
             **options,
         )
@@ -299,7 +305,7 @@ def gradient_kernel(
     if KIND == LABELS:
         b_label = tl.load(p_labels + o_self, mask=m_row, other=-2)
         b_target = tl.load(p_target + o_self, mask=m_row, other=0.0)
-    begin, end = _columns_of_part(i_view, N, KIND, TILE)
+    begin, end = _columns_of_part(i_view, N, n, KIND, TILE)
     n_tile, low, low_end, high, high_end = _exceptions(
         i_view, first + i_block * ROWS, begin, end, N, KIND, ROWS, TILE
     )
@@ -395,12 +401,13 @@ def gradient(
         gradient_kernel[grid](
             *(rows, scale, temperature, exponents, labels, target, partial, moments),
             *(rows.shape[1], first_row, n, width),
-            **_kind(labels, product, within_views),
+            **_kind(rows, labels, product, within_views),
             **constants,
             **options,
         )
 
 
-def _kind(labels: Tensor | None, product: int, within_views: bool) -> dict[str, object]:
-    kind = LABELS if labels is not None else WITHIN if within_views else ACROSS
+def _kind(rows: Tensor, labels: Tensor | None, product: int, within_views: bool) -> dict[str, object]:
+    one_set, two_views = (BEHIND, LABELS), (ACROSS, WITHIN)
+    kind = one_set[labels is not None] if rows.shape[0] == 1 else two_views[within_views]
     return {"KIND": kind.value, "PRODUCT": PRODUCTS[product]}

@@ -144,13 +144,14 @@ class CrossPoint(nn.Module):
             raise ValueError(f"the image encoder ({name}) must return (B, {width}), got {got}")
         return self.image_projection(feature)
 
-    def synchronise(self, group: ProcessGroup | None = None) -> CrossPoint:
+    def synchronise(self, group: ProcessGroup | None = None, *, exchange: str = "gather") -> CrossPoint:
         """Take negatives and batch statistics from all ranks of `group` (None: all there are), and return the model.
 
+        `exchange`: how the ranks see each other's embeddings, as `NTXentLoss` has it.
         Then the loss is the same on every rank, and under DistributedDataParallel, which averages gradients, every
         parameter gets the gradient that one process would have given it with the batches of all ranks.
         """
-        self.criterion.gather_distributed, self.criterion.group = True, group
+        self.criterion.gather_over(group, exchange)
         return convert_sync_batch_norm(self, group)
 
     def train(self, mode: bool = True) -> CrossPoint:

@@ -52,6 +52,8 @@ class NTXentLoss(_Contrastive):
             process. Gradients come scaled for what follows, `grad_reduction`: "mean", as
             DistributedDataParallel and FSDP do, or "sum"; then parameters get the gradient that one process
             would have given them with the whole batch. `crosspoint.ops.nt_xent` has the details.
+        exchange: how the processes see each other's embeddings: "gather" all on each, or, where those do not fit, pass
+            them on in a "ring".
         impl: backend of `crosspoint.ops.nt_xent`.
 
     Shapes: z1, z2 (N, D), row i of one being the positive of row i of the other -> scalar. The vectors are
@@ -65,15 +67,24 @@ class NTXentLoss(_Contrastive):
         gather_distributed: bool = False,
         group: ProcessGroup | None = None,
         grad_reduction: str = "mean",
+        exchange: str = "gather",
         impl: str = "auto",
     ):
         super().__init__(temperature, impl)
-        check_group("NTXentLoss", group, grad_reduction)
+        check_group("NTXentLoss", group, grad_reduction, exchange)
         if group is not None and not gather_distributed:
             raise ValueError("NTXentLoss: group was given without gather_distributed=True")
+        if exchange != "gather" and not gather_distributed:
+            raise ValueError(f"NTXentLoss: exchange={exchange!r} was given without gather_distributed=True")
         self.gather_distributed = gather_distributed
         self.group = group
         self.grad_reduction = grad_reduction
+        self.exchange = exchange
+
+    def gather_over(self, group: ProcessGroup | None, exchange: str = "gather") -> None:
+        """From here on take negatives from all processes of `group`, or all there are."""
+        check_group("NTXentLoss", group, self.grad_reduction, exchange)
+        self.gather_distributed, self.group, self.exchange = True, group, exchange
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         group = self.group
@@ -85,11 +96,18 @@ class NTXentLoss(_Contrastive):
         ):
             group = distributed.group.WORLD
         return nt_xent(
-            z1, z2, self.temperature, group=group, grad_reduction=self.grad_reduction, impl=self.impl
+            z1,
+            z2,
+            self.temperature,
+            group=group,
+            grad_reduction=self.grad_reduction,
+            exchange=self.exchange,
+            impl=self.impl,
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (", gather_distributed=True" if self.gather_distributed else "")
+        text = super().extra_repr() + (", gather_distributed=True" if self.gather_distributed else "")
+        return text + (f", exchange={self.exchange!r}" if self.exchange != "gather" else "")
 
 
 class SupConLoss(_Contrastive):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,7 +45,7 @@ class Ranks:
             said = ", ".join(f"rank {rank}: D = {d}, {_DTYPES[t]}" for rank, (_, d, t) in enumerate(found))
             raise ValueError(f"{op}: every rank must bring embeddings of one D and one dtype, got {said}")
         self.sizes = [n for n, _, _ in found]
-        rank = distributed.get_rank(group)
+        self.rank = rank = distributed.get_rank(group)
         self.first, self.rows, self.total = sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
         self.averaged = grad_reduction == "mean"
         self.scale = self.world if self.averaged else 1
@@ -62,6 +63,42 @@ class Ranks:
             return everything
         parts = everything.view(self.world, most, *x.shape[1:])
         return torch.cat([part[:rows] for part, rows in zip(parts, self.sizes, strict=True)])
+
+    def ring(self, *own: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors (rows, ...) of this rank, then of the one before it, until every rank's have been here.
+
+        The next ones travel while those at hand are used, which are overwritten after that. All ranks have to take all.
+        """
+        kinds = [(x.dtype, x.shape[1:]) for x in own]
+        bytes_of = [dtype.itemsize * math.prod(shape) for dtype, shape in kinds]  # of a sample
+        sizes = [self.sizes[(self.rank - step) % self.world] for step in range(self.world)]
+        held, other = (own[0].new_empty(max(self.sizes) * sum(bytes_of), dtype=torch.uint8) for _ in range(2))
+        # One message, so that nothing depends on the order in which several arrive.
+        flat = [x.contiguous().view(-1).view(torch.uint8) for x in own]
+        torch.cat(flat, out=held[: self.rows * sum(bytes_of)])
+        del own, flat
+        for step, rows in enumerate(sizes):
+            taken, pending = held[: rows * sum(bytes_of)], []
+            if step + 1 < self.world:
+                pending = self._pass_on(taken, other[: sizes[step + 1] * sum(bytes_of)])
+            parts = taken.split([rows * size for size in bytes_of])
+            yield tuple(
+                part.view(dtype).view(rows, *shape) for part, (dtype, shape) in zip(parts, kinds, strict=True)
+            )
+            for work in pending:
+                work.wait()
+            held, other = other, held
+
+    def _pass_on(self, held: Tensor, incoming: Tensor) -> list:
+        """Starts to send to the next rank and to receive from the one before; nothing where there are no bytes."""
+        from torch import distributed
+
+        def peer(offset: int) -> int:
+            return distributed.get_global_rank(self.group, (self.rank + offset) % self.world)
+
+        transfers = [(distributed.isend, held, peer(1)), (distributed.irecv, incoming, peer(-1))]
+        transfers = [distributed.P2POp(*t, group=self.group) for t in transfers if t[1].numel() > 0]
+        return distributed.batch_isend_irecv(transfers) if transfers else []
 
     def gather_around(self, x: Tensor) -> Tensor:
         """The same, this rank's rows with their gradient."""
@@ -91,9 +128,11 @@ def find_ranks(op: str, group: ProcessGroup | None, z: Tensor, grad_reduction: s
     return Ranks(op, group, z, grad_reduction)
 
 
-def check_group(op: str, group: ProcessGroup | None, grad_reduction: str) -> None:
+def check_group(op: str, group: ProcessGroup | None, grad_reduction: str, exchange: str = "gather") -> None:
     if grad_reduction not in ("mean", "sum"):
         raise ValueError(f"{op}: grad_reduction must be 'mean' or 'sum', got {grad_reduction!r}")
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"{op}: exchange must be 'gather' or 'ring', got {exchange!r}")
     if group is not None:
         group_size(op, group)
 

@@ -15,13 +15,15 @@ __all__ = ["TrainState", "check_same_run", "load_state", "save_state"]
 
 _FORMAT = 1
 
-# What may differ when a run continues: no weight depends on it, or `TrainState.shapes` checks what matters.
+# What may differ when a run continues: no weight depends on it but by rounding, or `TrainState.shapes` checks what
+# matters.
 _MAY_CHANGE = {
     "out",
     "data",
     "resume",
     "workers",
     "device",
+    "exchange",
     "activation_checkpointing",
     "checkpoint_every",
     "log_every",

@@ -45,6 +45,9 @@ class PretrainConfig:
     part_size: int | None = None
     """Encode this many shapes at a time, in each process, and each twice: for batches whose activations do not fit. The
     losses still compare the whole batch, but batch norm sees parts. None: the whole batch at once."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How several processes compare their embeddings: "gather" all on each, or, where those do not fit, pass them on
+    in a "ring"."""
     activation_checkpointing: bool = False
     """Compute the encoders' blocks again for the backward pass in place of keeping their activations: less memory, one
     more forward pass, the same numbers."""
@@ -93,6 +96,7 @@ class PretrainConfig:
             ("weight_decay", self.weight_decay >= 0, "not be negative"),
             ("optimizer", self.optimizer in ("adam", "lars", "lamb"), "be 'adam', 'lars' or 'lamb'"),
             ("lr_scaling", self.lr_scaling in ("none", "linear", "sqrt"), "be 'none', 'linear' or 'sqrt'"),
+            ("exchange", self.exchange in ("gather", "ring"), "be 'gather' or 'ring'"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (
                 "part_size",

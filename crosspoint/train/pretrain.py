@@ -108,7 +108,7 @@ class Run:
         if state is not None:
             self._restore(state)
         if ranks.world > 1:
-            self.model.synchronise()
+            self.model.synchronise(exchange=config.exchange)
         if config.activation_checkpointing:
             checkpoint_activations(self.model)
         self.averaging = None

@@ -133,9 +133,9 @@ struct RowSums {
   Buffer<double> totals;  // of the positives' exponents themselves
 };
 
-template <class T>
-void sum_tiles(const NtXentForward<T>& args, const Views<T>& views, const Exponents<T>& exponents,
-               RowSums<T>& to, const Parallel& parallel) {
+// Of the negatives. visit(make_scratch, compute, merge) is one of the ways to visit the tiles.
+template <class T, class Visit>
+void sum_tiles(const Views<T>& views, const Exponents<T>& exponents, RowSums<T>& to, Visit&& visit) {
   struct Scratch {
     ScratchTile<T> similarities;
     TileSums<T> sums;
@@ -150,7 +150,7 @@ void sum_tiles(const NtXentForward<T>& args, const Views<T>& views, const Expone
     scratch.sums.add_rows(views.count(a), to.negatives.data() + a * tile);
     if (mutual) scratch.sums.add_columns(views.count(b), to.negatives.data() + b * tile);
   };
-  visit_tiles(views, args.within_views, parallel, [] { return Scratch(); }, compute, merge);
+  visit([] { return Scratch(); }, compute, merge);
 }
 
 template <class T>
@@ -206,7 +206,8 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
   const Labels<T> labels(args, views, parallel);
   RowSums<T> sums(views, args.labels != nullptr);
   if (args.labels == nullptr)
-    sum_tiles(args, views, exponents, sums, parallel);
+    sum_tiles(views, exponents, sums,
+              [&](auto&&... f) { visit_tiles(views, args.within_views, parallel, f...); });
   else
     sum_labelled_tiles(views, labels, exponents, sums, parallel);
 
@@ -259,9 +260,26 @@ void forward(const NtXentForward<T>& args, const Parallel& parallel) {
   *args.loss = T(averaged == 0 ? 0 : total / double(averaged));
 }
 
+template <class T>
+void visit_forward(const ContrastVisitForward<T>& args, const Parallel& parallel) {
+  if (args.rows == 0) return;
+  const Views<T> views(args, parallel);
+  RowSums<T> sums(views, false);
+  sum_tiles(views, Exponents<T>(args.temperature), sums,
+            [&](auto&&... f) { visit_other_columns(views, true, parallel, f...); });
+  // Own nodes come first, so that a row's place is its number but for the padding of the last.
+  for (int64_t i = 0; i < args.rows; ++i) args.lse[i] = sums.negatives[i].log2() / log2_e;
+}
+
 }  // namespace
 
 void nt_xent_forward(const NtXentForward<float>& args, const Parallel& parallel) { forward(args, parallel); }
 void nt_xent_forward(const NtXentForward<double>& args, const Parallel& parallel) { forward(args, parallel); }
+void contrast_visit_forward(const ContrastVisitForward<float>& args, const Parallel& parallel) {
+  visit_forward(args, parallel);
+}
+void contrast_visit_forward(const ContrastVisitForward<double>& args, const Parallel& parallel) {
+  visit_forward(args, parallel);
+}
 
 }  // namespace crosspoint::CROSSPOINT_ISA

@@ -71,7 +71,7 @@ RowWeights<T> labelled_weights(const NtXentBackward<T>& args, const Views<T>& vi
 
 // x, a tile of similarities, becomes the sum of both softmaxes: row i's at column j, and row j's at column i.
 template <class T, bool shared>
-void form_weights(T* x, int64_t rows, int64_t columns, const T* row, const T* column, T bound) {
+void to_softmaxes(T* x, int64_t rows, int64_t columns, const T* row, const T* column, T bound) {
   constexpr int64_t L = lanes<T>;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += L) {
@@ -82,6 +82,19 @@ void form_weights(T* x, int64_t rows, int64_t columns, const T* row, const T* co
         store(x + i * tile + j, exp2<T>(entry + splat(row[i])) + exp2<T>(entry + load(column + j)));
     }
   }
+}
+
+// The tile of nodes a and b.
+template <class T>
+void form_weights(const Views<T>& views, const Exponents<T>& exponents, const RowWeights<T>& weights, int64_t a,
+                  int64_t b, T* x) {
+  const int64_t rows = views.count(a), columns = views.count(b);
+  const T *row = weights.softmax.data() + a * tile, *column = weights.softmax.data() + b * tile;
+  views.similarities(a, b, T(exponents.scale), x);
+  if (exponents.shared)
+    to_softmaxes<T, true>(x, rows, columns, row, column, exponents.bound);
+  else
+    to_softmaxes<T, false>(x, rows, columns, row, column, T(0));
 }
 
 // What the positives of a row or a column lack of their softmax weights. The entry of a single positive is
@@ -140,17 +153,11 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
   };
 
   const auto compute = [&](int64_t a, int64_t b, ScratchTile<T>& scratch) {
-    const int64_t rows = views.count(a), columns = views.count(b);
-    const T *row = weights.softmax.data() + a * tile, *column = weights.softmax.data() + b * tile;
     T* x = scratch.data;
-    views.similarities(a, b, T(exponents.scale), x);
-    if (exponents.shared)
-      form_weights<T, true>(x, rows, columns, row, column, exponents.bound);
-    else
-      form_weights<T, false>(x, rows, columns, row, column, T(0));
+    form_weights(views, exponents, weights, a, b, x);
     if (labelled) subtract_positives(x, views, labels, weights, a, b);
     if (views.first(a) == views.first(b))  // a row itself, or its positive, which is added at the end
-      for (int64_t i = 0; i < rows; ++i) x[i * tile + i] = T(0);
+      for (int64_t i = 0; i < views.count(a); ++i) x[i * tile + i] = T(0);
   };
   Buffer<bool> begun(views.nodes());
   fill(begun.data(), views.nodes(), false);
@@ -196,6 +203,38 @@ void backward(const NtXentBackward<T>& args, const Parallel& parallel) {
   *args.dtemperature = T(-total * scale / (2 * args.temperature));
 }
 
+template <class T>
+void visit_backward(const ContrastVisitBackward<T>& args, const Parallel& parallel) {
+  const int64_t rows = args.rows, channels = args.channels;
+  fill(args.sums, rows * channels, T(0));
+  *args.moment = 0;
+  if (rows == 0) return;
+  const Views<T> views(args, parallel);
+  const Exponents<T> exponents(args.temperature);
+  RowWeights<T> weights(views);
+  for (int64_t node = 0; node < views.nodes(); ++node) {
+    for (int64_t i = 0; i < views.count(node); ++i) {
+      const int64_t sample = views.first(node) + i;
+      weights.set(node * tile + i, sample < rows ? args.row_lse[sample] : args.column_lse[sample - rows], 0, exponents);
+    }
+    weights.set_padding(views, node);
+  }
+  visit_other_columns(
+      views, true, parallel, [] { return ScratchTile<T>(); },
+      [&](int64_t a, int64_t b, ScratchTile<T>& scratch) {
+        form_weights(views, exponents, weights, a, b, scratch.data);
+      },
+      [&](int64_t a, int64_t b, bool, const ScratchTile<T>& scratch) {
+        multiply_weights<tile>(scratch.data, 1, views.count(a), views.count(b), views.rows(b), views.stride(),
+                               args.sums + views.first_row(a) * channels, channels, true);
+      });
+  for (int64_t own = 0; own < views.own_nodes(); ++own)
+    for (int64_t i = 0; i < views.count(own); ++i)
+      *args.moment += dot(views.rows(own) + i * views.stride(), args.sums + (views.first_row(own) + i) * channels,
+                          channels);
+  *args.moment /= args.temperature;
+}
+
 }  // namespace
 
 void nt_xent_backward(const NtXentBackward<float>& args, const Parallel& parallel) {
@@ -203,6 +242,12 @@ void nt_xent_backward(const NtXentBackward<float>& args, const Parallel& paralle
 }
 void nt_xent_backward(const NtXentBackward<double>& args, const Parallel& parallel) {
   backward(args, parallel);
+}
+void contrast_visit_backward(const ContrastVisitBackward<float>& args, const Parallel& parallel) {
+  visit_backward(args, parallel);
+}
+void contrast_visit_backward(const ContrastVisitBackward<double>& args, const Parallel& parallel) {
+  visit_backward(args, parallel);
 }
 
 }  // namespace crosspoint::CROSSPOINT_ISA

@@ -50,20 +50,17 @@ template <class T>
 class Views {
  public:
   Views(const ContrastInput<T>& input, const Parallel& parallel)
-      : views_(input.z2 == nullptr ? 1 : 2),
-        samples_(input.samples),
-        channels_(input.channels),
-        first_row_(input.first_row),
-        end_row_(input.first_row + input.rows),
-        own_begin_(blocks_of(first_row_)),
-        own_end_(own_begin_ + blocks_of(input.rows)),
-        blocks_(own_end_ + blocks_of(samples_ - end_row_)),
-        stride_((channels_ + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns),
-        rows_(nodes() * tile * stride_),
-        transposed_(nodes() * tile * channels_),
-        norms_(nodes() * tile) {
-    parallel.ranges(nodes(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t node = begin; node < end; ++node) normalise(node, view(node) == 0 ? input.z1 : input.z2);
+      : Views(input.z2 == nullptr ? 1 : 2, input.samples, input.channels, input.first_row, input.rows) {
+    normalise(parallel, [&](int64_t view, int64_t sample) {
+      return (view == 0 ? input.z1 : input.z2) + sample * input.channels;
+    });
+  }
+  // One set: the rows, then the columns that visit them.
+  Views(const ContrastVisit<T>& input, const Parallel& parallel)
+      : Views(1, input.rows + input.columns, input.channels, 0, input.rows) {
+    normalise(parallel, [&](int64_t, int64_t sample) {
+      return sample < input.rows ? input.z + sample * input.channels
+                                 : input.visiting + (sample - input.rows) * input.channels;
     });
   }
 
@@ -129,11 +126,35 @@ class Views {
   }
 
  private:
+  Views(int64_t views, int64_t samples, int64_t channels, int64_t first_row, int64_t rows)
+      : views_(views),
+        samples_(samples),
+        channels_(channels),
+        first_row_(first_row),
+        end_row_(first_row + rows),
+        own_begin_(blocks_of(first_row_)),
+        own_end_(own_begin_ + blocks_of(rows)),
+        blocks_(own_end_ + blocks_of(samples_ - end_row_)),
+        stride_((channels_ + Tile<T>::columns - 1) / Tile<T>::columns * Tile<T>::columns),
+        rows_(nodes() * tile * stride_),
+        transposed_(nodes() * tile * channels_),
+        norms_(nodes() * tile) {}
+
   static int64_t blocks_of(int64_t samples) { return (samples + tile - 1) / tile; }
 
-  void normalise(int64_t node, const T* z) {
+  // source(view, sample): its row.
+  template <class F>
+  void normalise(const Parallel& parallel, F&& source) {
+    parallel.ranges(nodes(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t node = begin; node < end; ++node)
+        normalise_node(node, [&](int64_t i) { return source(view(node), first(node) + i); });
+    });
+  }
+
+  template <class F>
+  void normalise_node(int64_t node, F&& source_of) {
     for (int64_t i = 0; i < count(node); ++i) {
-      const T* source = z + (first(node) + i) * channels_;
+      const T* source = source_of(i);
       T* target = rows_.data() + (node * tile + i) * stride_;
       const double norm = std::sqrt(dot(source, source, channels_));
       const double inverse = 1 / std::max(norm, shortest);
@@ -228,6 +249,27 @@ class Rounds {
   Buffer<int64_t> done_;
 };
 
+// Tiles of own rows with the columns that are no rows: compute and merge as for visit_tiles. Several rows at a time re-use a column while it is in the cache.
+template <class T, class MakeScratch, class Compute, class Merge>
+void visit_other_columns(const Views<T>& views, bool within_views, const Parallel& parallel,
+                         MakeScratch&& make_scratch, Compute&& compute, Merge&& merge) {
+  const int64_t own = views.own_nodes();
+  if (views.own_blocks() == views.blocks()) return;
+  const int64_t members = std::max<int64_t>(1, std::min<int64_t>(4, own / 20));
+  parallel.items((own + members - 1) / members, make_scratch, [&](int64_t group, auto& scratch) {
+    const int64_t begin = group * members, end = std::min(own, begin + members);
+    for (int64_t b = 0; b < views.nodes(); ++b) {
+      if (views.own(b)) continue;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t a = views.own_node(i);
+        if (!within_views && views.view(a) == views.view(b)) continue;
+        compute(a, b, scratch);
+        merge(a, b, false, scratch);
+      }
+    }
+  });
+}
+
 // All tiles of own rows: compute(a, b, scratch), then merge(a, b, mutual, scratch), which adds the tile to the
 // rows of a and, if mutual, to those of b too, whose tile with a is not visited.
 template <class T, class MakeScratch, class Compute, class Merge>
@@ -244,21 +286,7 @@ void visit_tiles(const Views<T>& views, bool within_views, const Parallel& paral
           [&](int64_t a, int64_t b, auto& scratch) {
             merge(views.own_node(a), views.own_node(b), a != b, scratch);
           });
-  if (views.own_blocks() == views.blocks()) return;
-  // Against the columns that are no rows. Several rows at a time re-use a column while it is in the cache.
-  const int64_t members = std::max<int64_t>(1, std::min<int64_t>(4, own / 20));
-  parallel.items((own + members - 1) / members, make_scratch, [&](int64_t group, auto& scratch) {
-    const int64_t begin = group * members, end = std::min(own, begin + members);
-    for (int64_t b = 0; b < views.nodes(); ++b) {
-      if (views.own(b)) continue;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t a = views.own_node(i);
-        if (!within_views && views.view(a) == views.view(b)) continue;
-        compute(a, b, scratch);
-        merge(a, b, false, scratch);
-      }
-    }
-  });
+  visit_other_columns(views, within_views, parallel, make_scratch, compute, merge);
 }
 
 }  // namespace crosspoint::CROSSPOINT_ISA

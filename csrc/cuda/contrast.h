@@ -26,6 +26,7 @@ struct BlockOfRows {
     positive = c.views == 2 ? (1 - view) * samples + sample : -rows;
     begin = c.within_views || c.views == 1 ? 0 : (1 - view) * samples;
     end = c.within_views || c.views == 1 ? static_cast<int>(c.views) * samples : begin + samples;
+    if (c.views == 1 && c.labels == nullptr) begin = all;
   }
 
   // Tiles of `columns` columns, of which part `part` takes [first_tile, last_tile).
@@ -40,12 +41,12 @@ struct BlockOfRows {
   // Whether columns [column, column + columns) hold one of the rows, a positive of theirs, or what is no column.
   __device__ bool has_exceptions(int column, int columns) const {
     const auto meets = [&](int from) { return column < from + count && from < column + columns; };
-    return column + columns > end || meets(own) || meets(positive);
+    return column < begin || column + columns > end || meets(own) || meets(positive);
   }
 
   // Of row i of the block: neither itself, nor its positive.
   __device__ bool counts(int i, int column) const {
-    return column < end && column != own + i && column != positive + i;
+    return column >= begin && column < end && column != own + i && column != positive + i;
   }
 };
 

@@ -36,7 +36,8 @@ struct Cut {
   }
 };
 
-// Tiles of columns, none of which holds columns of two views: those of one part.
+// Tiles of columns, none of which holds columns of two views: those of one part. The first that has a column may begin
+// before it.
 struct ViewTiles {
   int samples, columns, first_view, per_view, first, last;
 
@@ -49,9 +50,10 @@ struct ViewTiles {
     const bool across = !c.within_views && c.views == 2;
     first_view = across ? 1 - block.view : 0;
     per_view = (samples + columns - 1) / columns;
-    const int64_t all = int64_t(per_view) * (across ? 1 : c.views);
-    first = static_cast<int>(part * all / c.parts);
-    last = static_cast<int>((part + 1) * all / c.parts);
+    const int64_t skipped = across ? 0 : block.begin / columns;
+    const int64_t all = int64_t(per_view) * (across ? 1 : c.views) - skipped;
+    first = static_cast<int>(skipped + part * all / c.parts);
+    last = static_cast<int>(skipped + (part + 1) * all / c.parts);
   }
   __device__ Tile at(int tile) const {
     const int sample = tile % per_view * columns;

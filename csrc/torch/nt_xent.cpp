@@ -110,12 +110,65 @@ std::tuple<Tensor, Tensor> sup_con_backward(Tensor grad, Tensor z, Tensor labels
   return {dense(dz, z.scalar_type()), dtemperature};
 }
 
+// Rows against columns that visit them, in the dtype that is computed in.
+struct Visit {
+  Visit(const Tensor& z, const Tensor& columns, const Tensor& temperature)
+      : dtype(compute_dtype(z)), z(dense(z, dtype)), columns(dense(columns, dtype)), t(dense(temperature, dtype)) {}
+
+  template <class T>
+  void fill(ContrastVisit<T>& args) const {
+    args.rows = z.size(0);
+    args.columns = columns.size(0);
+    args.channels = z.size(1);
+    args.z = data<T>(z);
+    args.visiting = data<T>(columns);
+    args.temperature = double(*data<T>(t));
+  }
+
+  ScalarType dtype;
+  Tensor z, columns, t;
+};
+
+Tensor nt_xent_visit(Tensor z, Tensor columns, Tensor temperature) {
+  const Visit visit(z, columns, temperature);
+  Tensor lse = new_tensor(z, {z.size(0)}, ScalarType::Double);
+  with_compute_type(visit.dtype, [&](auto zero) {
+    ContrastVisitForward<decltype(zero)> args;
+    visit.fill(args);
+    args.lse = mutable_data<double>(lse);
+    contrast_visit_forward(args, torch_pool());
+  });
+  return lse;
+}
+
+// `largest` is for GPUs: no softmax exceeds it.
+std::tuple<Tensor, Tensor> nt_xent_visit_backward(Tensor z, Tensor columns, Tensor temperature, Tensor row_lse,
+                                                  Tensor column_lse, Tensor /*largest*/) {
+  const Visit visit(z, columns, temperature);
+  row_lse = dense(row_lse, ScalarType::Double);
+  column_lse = dense(column_lse, ScalarType::Double);
+  Tensor sums = new_tensor(z, {z.size(0), z.size(1)}, visit.dtype), moment = new_tensor(z, {}, ScalarType::Double);
+  with_compute_type(visit.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    ContrastVisitBackward<T> args;
+    visit.fill(args);
+    args.row_lse = data<double>(row_lse);
+    args.column_lse = data<double>(column_lse);
+    args.sums = mutable_data<T>(sums);
+    args.moment = mutable_data<double>(moment);
+    contrast_visit_backward(args, torch_pool());
+  });
+  return {sums, moment};
+}
+
 }  // namespace
 }  // namespace crosspoint::binding
 
 STABLE_TORCH_LIBRARY_IMPL(crosspoint, CPU, m) {
   m.impl("nt_xent", TORCH_BOX(&crosspoint::binding::nt_xent));
   m.impl("nt_xent_backward", TORCH_BOX(&crosspoint::binding::nt_xent_backward_operator));
+  m.impl("nt_xent_visit", TORCH_BOX(&crosspoint::binding::nt_xent_visit));
+  m.impl("nt_xent_visit_backward", TORCH_BOX(&crosspoint::binding::nt_xent_visit_backward));
   m.impl("sup_con", TORCH_BOX(&crosspoint::binding::sup_con));
   m.impl("sup_con_backward", TORCH_BOX(&crosspoint::binding::sup_con_backward));
 }

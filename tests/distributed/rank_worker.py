@@ -12,6 +12,7 @@ import norm_layers
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
 from crosspoint import ops
 from crosspoint.interop import lightly
@@ -20,7 +21,10 @@ from crosspoint.nn import NTXentLoss
 D = 12
 SIZES = {1: [130], 2: [97, 33], 3: [60, 0, 70], 4: [20, 64, 1, 45]}  # samples of each rank
 LOSSES = ("nt_xent", "info_nce", "one_way", "sup_con")
+RINGS = LOSSES[:3]  # those that also pass embeddings on
+MEMORY = (192, 4096)  # embeddings of each rank in test_a_ring_holds_no_more_on_more_ranks
 TEMPERATURE = 0.3
+TINY = 0.01  # of that temperature: losses that are lost beside 1
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -104,6 +108,7 @@ def results(rank: int, world: int) -> dict:
             return call(loss, a, b, labels, t, group=everyone, grad_reduction=reduction, impl=impl)
 
         found[loss, impl, reduction] = gradients(whole, z1, z2)
+    found.update(rings(everyone, z1, z2))
     for dtype in (torch.float32, torch.bfloat16):
         narrow = functools.partial(ops.nt_xent, group=everyone)
         found[dtype] = gradients(narrow, z1.to(dtype), z2.to(dtype))
@@ -136,6 +141,45 @@ def results(rank: int, world: int) -> dict:
         call_ends = functools.partial(ops.nt_xent, group=ends)
         found["ends"] = said(lambda: call_ends(z1, z2)) if rank == 1 else gradients(call_ends, z1, z2)
     return found
+
+
+def rings(everyone: distributed.ProcessGroup, z1: Tensor, z2: Tensor) -> dict:
+    found = {}
+    settings = [(loss, "native", reduction) for loss in RINGS for reduction in ("mean", "sum")]
+    if INTERPRETED and distributed.get_world_size() == 2:
+        settings += [(loss, "triton", "sum") for loss in RINGS]
+    for loss, impl, reduction in settings:
+        options = {"group": everyone, "grad_reduction": reduction, "exchange": "ring", "impl": impl}
+        ring = functools.partial(call, loss, labels=None, **options)
+        found["ring", loss, impl, reduction] = gradients(
+            lambda a, b, t, ring=ring: ring(a, b, temperature=t), z1, z2
+        )
+    passed_on = functools.partial(ops.nt_xent, group=everyone, exchange="ring")
+    found["ring", "again"] = gradients(passed_on, z1, z2)
+    found["ring", "tiny"] = gradients(lambda a, b, t: passed_on(a, b, t * TINY), z1, z1 + 0.01 * z2)
+    for dtype in (torch.float32, torch.bfloat16):
+        found["ring", dtype] = gradients(passed_on, z1.to(dtype), z2.to(dtype))
+    found["ring", "module"] = gradients(
+        lambda a, b, t: NTXentLoss(t, gather_distributed=True, exchange="ring")(a, b), z1, z2
+    )
+    found["ring", "second"] = said(
+        lambda: second_derivative(lambda a, b, _, t: passed_on(a, b, t), z1, z2, None)
+    )
+    found["ring", "reference"] = said(lambda: passed_on(z1, z2, impl="reference"))
+    found["ring", "empty"] = passed_on(z1[:0], z2[:0])
+    found["ring", "memory"] = peak_memory(passed_on)
+    found["gather", "memory"] = peak_memory(functools.partial(ops.nt_xent, group=everyone))
+    return found
+
+
+def peak_memory(loss: Callable[..., Tensor]) -> int:
+    """The most bytes that torch holds at a time in both passes, beyond float32 embeddings of MEMORY on every rank."""
+    z1, z2 = (torch.randn(MEMORY, requires_grad=True) for _ in range(2))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        loss(z1, z2).backward()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
 
 
 def second_derivative(function: Callable[..., Tensor], z1: Tensor, z2: Tensor, labels: Tensor) -> None:

@@ -6,7 +6,19 @@ import torch
 import rank_worker
 from crosspoint import ops
 from crosspoint.nn import NTXentLoss
-from rank_worker import LOSSES, SIZES, TEMPERATURE, Encoder, call, gradients, learned, samples
+from rank_worker import (
+    LOSSES,
+    MEMORY,
+    RINGS,
+    SIZES,
+    TEMPERATURE,
+    TINY,
+    Encoder,
+    call,
+    gradients,
+    learned,
+    samples,
+)
 
 WORLDS = list(SIZES)
 worlds = pytest.mark.parametrize("world", WORLDS)
@@ -59,13 +71,72 @@ def test_gradients_average_to_those_of_one_process(results, world, loss, impl):
     assert_same(ranks, one_process(loss), 1e-12, scale=world)
 
 
+@worlds
+@pytest.mark.parametrize("loss", RINGS)
+def test_a_ring_equals_one_process(results, world, loss):
+    ranks = results(world)
+    whole = one_process(loss)
+    assert_same([rank["ring", loss, "native", "sum"] for rank in ranks], whole, 1e-12, shares=True)
+    assert_same([rank["ring", loss, "native", "mean"] for rank in ranks], whole, 1e-12, scale=world)
+
+
+@pytest.mark.skipif(not rank_worker.INTERPRETED, reason="make interpret runs it: Triton's kernels on a CPU")
+@pytest.mark.parametrize("loss", RINGS)
+def test_a_ring_of_triton(results, loss):
+    ranks = [rank["ring", loss, "triton", "sum"] for rank in results(2)]
+    assert_same(ranks, one_process(loss), 1e-12, shares=True)
+
+
 @several
+def test_a_ring_repeats_its_bits(results, world):
+    for rank in results(world):
+        again = rank["ring", "again"]
+        assert all(
+            torch.equal(again[name], x) for name, x in rank["ring", "nt_xent", "native", "mean"].items()
+        )
+
+
+@several
+def test_a_ring_keeps_the_digits_of_a_tiny_loss(results, world):
+    z1, z2, _ = samples()
+    whole = gradients(lambda a, b, t: ops.nt_xent(a, b, t * TINY), z1, z1 + 0.01 * z2)
+    assert 0 < whole["loss"] < 1e-16
+    assert_same([rank["ring", "tiny"] for rank in results(world)], whole, 1e-10, scale=world)
+
+
+@several
+def test_a_ring_holds_no_more_on_more_ranks(results, world):
+    """Pairs, two blocks on their way, two gradients that grow and the one that is added to one of them; the kernels'
+    workspace is that of one visit."""
+    n, d = MEMORY
+    bound = 12 * n * d * 4 + 256 * n + (8 << 20)
+    for rank in results(world):
+        assert rank["ring", "memory"] < bound
+        assert world < 4 or rank["gather", "memory"] > bound
+
+
+@several
+def test_a_ring_through_the_module(results, world):
+    ranks = [rank["ring", "module"] for rank in results(world)]
+    assert_same(ranks, one_process("nt_xent"), 1e-12, scale=world)
+
+
+@worlds
+def test_a_ring_at_its_edges(results, world):
+    for rank in results(world):
+        assert rank["ring", "empty"] == 0
+        assert "second derivative" in rank["ring", "second"]
+        assert "needs kernels, got impl='reference'" in rank["ring", "reference"]
+
+
+@several
+@pytest.mark.parametrize("ring", [False, True], ids=["gather", "ring"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_narrow_embeddings(results, world, dtype, tolerance):
+def test_narrow_embeddings(results, world, dtype, tolerance, ring):
     z1, z2, _ = samples()
     whole = gradients(ops.nt_xent, z1.to(dtype), z2.to(dtype))
     whole = {name: value.double() for name, value in whole.items()}
-    ranks = [rank[dtype] for rank in results(world)]
+    ranks = [rank[("ring", dtype) if ring else dtype] for rank in results(world)]
     assert ranks[0]["dz1"].dtype == dtype and ranks[0]["loss"].dtype == torch.float32
     assert_same(ranks, whole, tolerance, scale=world)
 
@@ -137,3 +208,8 @@ def test_without_process_group():
     for function in (lambda **kw: ops.nt_xent(z1, z2, **kw), lambda **kw: NTXentLoss(**kw)):
         with pytest.raises(ValueError, match="grad_reduction must be 'mean' or 'sum', got 'average'"):
             function(grad_reduction="average")
+        with pytest.raises(ValueError, match="exchange must be 'gather' or 'ring', got 'tree'"):
+            function(exchange="tree")
+    with pytest.raises(ValueError, match="exchange='ring' was given without gather_distributed=True"):
+        NTXentLoss(exchange="ring")
+    assert repr(NTXentLoss(gather_distributed=True, exchange="ring")).endswith("exchange='ring')")

@@ -2,7 +2,7 @@
 
 from crosspoint.kernels import nt_xent, nt_xent_rows
 from crosspoint.kernels._nt_xent_tiles import GRADIENT, ROW_SUMS
-from crosspoint.kernels.nt_xent import ACROSS, LABELS, WITHIN
+from crosspoint.kernels.nt_xent import ACROSS, BEHIND, LABELS, WITHIN
 from offline import Variant
 
 MODULES = (nt_xent, nt_xent_rows)
@@ -32,9 +32,10 @@ def variants() -> list[Variant]:
                 for most, tile in entries.items():
                     width = min(most, WIDEST)
                     # The flagship in all its forms, any other entry in the one that needs most registers.
-                    kinds = (WITHIN, ACROSS, LABELS) if product == "half" and width == 256 else (LABELS,)
+                    every = (WITHIN, ACROSS, BEHIND, LABELS)
+                    kinds = every if product == "half" and width == 256 else (LABELS,)
                     if product == "half" and "half, labels" in products:
-                        kinds = (WITHIN, ACROSS)
+                        kinds = every[:3]
                     for kind in kinds:
                         constants = {**tile.constants(width), "KIND": kind.value}
                         constants["PRODUCT"] = "bf16" if product.startswith("half") else product

@@ -61,6 +61,56 @@ def test_parts_make_the_whole(backend, split, within, symmetric, temperature):
         torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
+# Rows, columns that visit them, and channels.
+VISITS = [(1, 1, 3), (40, 7, 17), (97, 200, 33), (5, 700, 17), (300, 260, 600), (0, 4, 3), (4, 0, 3)]
+VISITED = [(b, v) for b in BACKENDS for v in VISITS if b != ("triton", "cpu") or v[2] < 100]
+
+
+def visit(impl: str, z: Tensor, columns: Tensor, temperature: Tensor, *scalars: Tensor) -> list[Tensor]:
+    forward, backward = (
+        _dispatch.operator(name, impl) for name in ("nt_xent_visit", "nt_xent_visit_backward")
+    )
+    return [forward(z, columns, temperature), *backward(z, columns, temperature, *scalars)]
+
+
+@pytest.mark.parametrize("backend, shape", VISITED, ids=["-".join(b) + f"-{v}" for b, v in VISITED])
+@pytest.mark.parametrize("temperature", [0.2, 0.001])
+def test_columns_that_visit(backend, shape, temperature):
+    (impl, device), (n, m, d) = backend, shape
+    generator = torch.Generator().manual_seed(n + m)
+    z, columns = (5 * torch.randn(k, d, generator=generator, dtype=torch.float64) for k in (n, m))
+    u, v = (torch.nn.functional.normalize(x, dim=1) for x in (z, columns))
+    temperature = torch.tensor(temperature, dtype=torch.float64)
+    s = u @ v.t() / temperature
+    # Some rows and columns have no loss; the softmaxes reach e^-10.
+    row_lse, column_lse = (s.amax(dim) + 10 if s.numel() else s.sum(dim) for dim in (1, 0))
+    row_lse[1::5], column_lse[::3] = torch.inf, torch.inf
+    w = torch.exp(s - row_lse[:, None]) + torch.exp(s - column_lse)
+    want = [s.logsumexp(1), w @ v, (w * s).sum()]
+    scalars = row_lse, column_lse, torch.tensor(-10, dtype=torch.float64).exp()
+    with poisoned_memory():
+        found = visit(impl, *(x.to(device) for x in (z, columns, temperature, *scalars)))
+    for name, a, b in zip(("lse", "sums", "moment"), found, want, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        scale = b.abs().max().item() if b.numel() and m else 0
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-11 * scale, msg=lambda t, n=name: f"{n}: {t}")
+
+
+@pytest.mark.parametrize("device", [device for _, device in NATIVE])
+def test_visits_are_the_same_bits_with_any_number_of_threads(device):
+    z, columns = torch.randn(900, 12, device=device), torch.randn(700, 12, device=device)
+    row_lse, column_lse = (
+        torch.full((len(x),), 8.0, dtype=torch.float64, device=device) for x in (z, columns)
+    )
+    given = torch.tensor(0.1, device=device), row_lse, column_lse, row_lse.new_ones(())
+    results = []
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            results.append(visit("native", z, columns, *given))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("device", [device for _, device in NATIVE])
 @losses
 def test_parts_are_the_same_bits_with_any_number_of_threads(device, within, symmetric):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from crosspoint.ops import reference
 from crosspoint.ops._gpu import nt_xent as pairs
+from crosspoint.ops._gpu import nt_xent_visit as visits
 from crosspoint.ops._gpu import sup_con as labelled
 from crosspoint.testing import TOLERANCE
 from simt_harness import ROOT, Device, SimtError, builds_here
@@ -235,6 +236,47 @@ def test_wgmma(device, name, monkeypatch):
         c = {**WGMMA, **WGMMA_LARGE}[name]
         cold = exponent_error(0.005) if name.startswith("cold") else 0
         check(device, c, monkeypatch, TOLERANCE[c.z[0].dtype] + cold, WgmmaLeaves)
+
+
+# Rows, columns that visit them, channels; rows that end within a tile of columns, or with one.
+VISITS = {
+    "bfloat16_64": (37, 45, 50, "bfloat16", Leaves),
+    "float32": (21, 70, 20, "float32", Leaves),
+    "float64": (9, 20, 5, "float64", Leaves),
+    "wgmma_64": (45, 50, 33, "bfloat16", WgmmaLeaves),
+    "wgmma_full_tiles_64": (128, 20, 64, "float16", WgmmaLeaves),
+}
+VISITS_LARGE = {
+    "bfloat16_256": (150, 260, 256, "bfloat16", Leaves),
+    "wgmma_parts_128": (150, 300, 128, "bfloat16", WgmmaLeaves),
+}
+
+
+@pytest.mark.parametrize("name", [*VISITS, *VISITS_LARGE])
+def test_columns_that_visit(device, name, monkeypatch):
+    if name in VISITS_LARGE and device.kind != "plain":
+        return
+    n, m, d, dtype, kernels = {**VISITS, **VISITS_LARGE}[name]
+    monkeypatch.setattr(pairs, "_LEAST_COLUMNS", 100)
+    z, columns = case(n=n, d=d, dtype=dtype).z[0], case(n=m, d=d, dtype=dtype, seed=1).z[1]
+    t = torch.tensor(0.1, dtype=torch.float64 if dtype == "float64" else torch.float32)
+    u, v = (F.normalize(x.double(), dim=1) for x in (z, columns))
+    s = u @ v.t() / t.double()
+    row_lse, column_lse = s.amax(1) + 10, s.amax(0) + 10
+    row_lse[::4], column_lse[::5] = torch.inf, torch.inf
+    w = torch.exp(s - row_lse[:, None]) + torch.exp(s - column_lse)
+    expected = [s.logsumexp(1), w @ v, (w * s).sum()]
+    scalars = row_lse, column_lse, torch.tensor(-10, dtype=torch.float64).exp()
+    for order in ORDERS[device.kind]:
+        device.configure(*order)
+        leaves = kernels(device)
+        found = [
+            visits.forward(leaves, z, columns, t),
+            *visits.backward(leaves, z, columns, t, *scalars),
+        ]
+        for name, a, e in zip(("lse", "sums", "moment"), found, expected, strict=True):
+            error = (a.double() - e).abs().max() / e.abs().max()
+            assert error <= TOLERANCE[z.dtype], f"{name}: relative error {error:.1e}"
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

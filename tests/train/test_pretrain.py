@@ -416,6 +416,7 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"part_size": 1}, "part_size must leave each of the even parts"),
         ({"optimizer": "sgd"}, "optimizer must be 'adam', 'lars' or 'lamb'"),
         ({"lr_scaling": "cubic"}, "lr_scaling must be 'none'"),
+        ({"exchange": "tree"}, "exchange must be 'gather' or 'ring'"),
         ({"crop": 0.0}, "crop must be a share of the area"),
         ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),

@@ -31,7 +31,8 @@ finish(partial, z, other, partner, pull, factors, first_row, dz)
 Which columns count, for row i of view v. Without labels and `within_views`: all rows of both views but i itself and its
 positive, row i of the other view. Without labels and without `within_views`: all rows of the other view but row i. With
 labels (N) int32, one view: all but row i itself and, where target_i is 0, those with its label; positives of row i are
-the other rows with its label where target_i is not 0. `product` counts in crosspoint.kernels._precision.PRODUCTS. Sums
+the other rows with its label where target_i is not 0. Without labels, one view (first_row is 0): all rows behind the n
+that are summed for. `product` counts in crosspoint.kernels._precision.PRODUCTS. Sums
 are float32 (float64 for its product), and each is taken in an order of its own: the same bits every time.
 """
 

@@ -48,9 +48,40 @@ struct NtXentBackward : ContrastInput<T> {
   T* dtemperature;      // one element: the share of these rows; the shares of disjoint rows add up to the derivative
 };
 
+// Rows against columns of other samples, all of them negatives: what visits a process whose columns are spread over
+// several. Sums over columns, so that those of several visits add up.
+template <class T>
+struct ContrastVisit {
+  int64_t rows;
+  int64_t columns;
+  int64_t channels;
+  const T* z;         // (rows, D), any length: normalised inside
+  const T* visiting;  // (columns, D), likewise
+  double temperature;
+};
+
+template <class T>
+struct ContrastVisitForward : ContrastVisit<T> {
+  double* lse;  // (rows): log of the sum of exp(s_ij) over the columns j
+};
+
+// With row_lse and column_lse, the logs of what the softmax of a row and of a column divides by (infinity where it has no
+// loss), w_ij = exp(s_ij - row_lse_i) + exp(s_ij - column_lse_j).
+template <class T>
+struct ContrastVisitBackward : ContrastVisit<T> {
+  const double* row_lse;     // (rows)
+  const double* column_lse;  // (columns)
+  T* sums;                   // (rows, D): of w_ij times the unit row j
+  double* moment;            // one element: the sum of w_ij s_ij over rows and columns
+};
+
 }  // namespace crosspoint
 
 CROSSPOINT_CPU_KERNEL(nt_xent_forward, NtXentForward<float>)
 CROSSPOINT_CPU_KERNEL(nt_xent_forward, NtXentForward<double>)
 CROSSPOINT_CPU_KERNEL(nt_xent_backward, NtXentBackward<float>)
 CROSSPOINT_CPU_KERNEL(nt_xent_backward, NtXentBackward<double>)
+CROSSPOINT_CPU_KERNEL(contrast_visit_forward, ContrastVisitForward<float>)
+CROSSPOINT_CPU_KERNEL(contrast_visit_forward, ContrastVisitForward<double>)
+CROSSPOINT_CPU_KERNEL(contrast_visit_backward, ContrastVisitBackward<float>)
+CROSSPOINT_CPU_KERNEL(contrast_visit_backward, ContrastVisitBackward<double>)

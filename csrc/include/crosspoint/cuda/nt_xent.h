@@ -28,7 +28,7 @@ struct ContrastColumns {
   const void* rows;
   const void* scale;
   const void* temperature;
-  const int32_t* labels;  // (N), or null
+  const int32_t* labels;  // (N), or null: with one view, the columns of all rows are then those behind the rows
   const void* target;     // (N), with labels
   bool within_views;
   int64_t first_row;  // the rows of a view are [first_row, first_row + row_count) of its columns
