@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-__all__ = ["replace_file"]
+__all__ = ["replace_file", "sync_folder"]
 
 
 def replace_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -26,11 +26,12 @@ def replace_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> None
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself must survive a power cut; Windows has no such call.
+def sync_folder(folder: Path) -> None:
+    """Let a rename in `folder` survive a power cut, too."""
+    # Windows has no such call.
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

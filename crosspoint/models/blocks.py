@@ -1,9 +1,10 @@
-"""Models by their blocks, which the backward pass may compute again, one at a time."""
+"""Models by their blocks: computed again for the backward pass, or sharded over ranks, one at a time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,7 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from crosspoint.models.crosspoint import CrossPoint
 from crosspoint.nn import EdgeConv, EdgeConv2, SharedLinear
 
-__all__ = ["checkpoint_activations"]
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["checkpoint_activations", "shard"]
 
 
 def checkpoint_activations(model: CrossPoint) -> CrossPoint:
@@ -23,12 +27,33 @@ def checkpoint_activations(model: CrossPoint) -> CrossPoint:
     and what is drawn are those without: both computations draw the same random numbers, exchange the same statistics
     between ranks, and the second leaves the running statistics alone.
 
-    Call it before DistributedDataParallel.
+    Call it before `shard` and before DistributedDataParallel.
     """
     for encoder in (model.point_encoder, model.image_encoder):
         layers = [m for m in encoder.modules() if isinstance(m, (EdgeConv, EdgeConv2, SharedLinear))]
         for block in layers or [*_repeated(encoder)] or [encoder]:
             _compute_again(block)
+    return model
+
+
+def shard(model: CrossPoint, mesh: DeviceMesh) -> CrossPoint:
+    """Spread the parameters of `model` over the ranks of `mesh` (FSDP2's `fully_shard`), and return it.
+
+    A rank holds its share of every parameter, gradient and optimizer state; the blocks of the image encoder, the point
+    encoder and the heads are each gathered when they are needed. Gradients are averaged, as DistributedDataParallel
+    does, so that `model.synchronise()` fits both. Parameters are others than before: make the optimizer afterwards.
+
+    Call `model` or, as embedding caching does, `model.project`.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    points, images = model.point_encoder, model.image_encoder
+    heads = [points.projection, getattr(images, "projection", None), model.image_projection]
+    for part in (*_repeated(images), *filter(None, heads), points, images, model):
+        fully_shard(part, mesh=mesh)
+        if mesh.device_type == "cpu":
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no average
+    register_fsdp_forward_method(model, "project")
     return model
 
 

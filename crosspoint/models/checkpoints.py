@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,25 @@ class EncoderConfig:
         return create(self.name, **self.options, **options)
 
 
-def save_model(path: str | os.PathLike, model: nn.Module, config: CrossPointConfig) -> Path:
+def save_model(
+    path: str | os.PathLike, model: nn.Module | Mapping[str, Tensor], config: CrossPointConfig
+) -> Path:
     """Write the model's weights and `config`; return the file.
 
     Args:
         path: the file, or an existing run folder, which gets `weights.safetensors`. The file appears by
             rename: a reader finds the old one or the new one, never half of one. Missing folders are made.
-        model: the model that `load_model` will restore, without wrappers (pass `ddp.module`).
+        model: the model that `load_model` will restore, without wrappers (pass `ddp.module`), or its state dict, of
+            whole tensors.
         config: what `build` made the model from.
     """
-    return _write(path, model, {"config": config.to_dict()})
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    return _write(path, tensors, {"config": config.to_dict()})
 
 
 def save_encoder(path: str | os.PathLike, encoder: nn.Module, config: EncoderConfig) -> Path:
     """Write an encoder's weights, its heads included, and what `create` made it from; else as `save_model`."""
-    return _write(path, encoder, {"encoder": dataclasses.asdict(config)})
+    return _write(path, encoder.state_dict(), {"encoder": dataclasses.asdict(config)})
 
 
 def load_model(
@@ -123,10 +128,10 @@ def load_encoder_config(path: str | os.PathLike) -> EncoderConfig:
     return _encoder_config(path, _read(path, header_only=True)[1])
 
 
-def _write(path: str | os.PathLike, model: nn.Module, about: dict[str, Any]) -> Path:
+def _write(path: str | os.PathLike, state: Mapping[str, Tensor], about: dict[str, Any]) -> Path:
     safetensors = require("safetensors.torch", extra="train")
     path = _file(path)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
     header = json.dumps({"version": __version__, **about})
     # one key alone: safetensors writes several in random order, and equal weights should be equal files
     content = safetensors.save(tensors, metadata={_METADATA: header})

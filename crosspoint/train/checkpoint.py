@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from crosspoint._files import replace_file
 from crosspoint.train.config import flatten
 
-__all__ = ["TrainState", "check_same_run", "load_state", "save_state"]
+__all__ = ["Progress", "TrainState", "check_same_run", "load_state", "not_written", "save_state"]
 
 _FORMAT = 1
 
@@ -24,6 +25,7 @@ _MAY_CHANGE = {
     "workers",
     "device",
     "exchange",
+    "parallel",
     "activation_checkpointing",
     "checkpoint_every",
     "log_every",
@@ -31,8 +33,8 @@ _MAY_CHANGE = {
 
 
 @dataclass
-class TrainState:
-    """A run after `step` steps.
+class Progress:
+    """A run after `step` steps, but for its tensors.
 
     There is no random state in it: every random decision is a function of the seed and the step.
     """
@@ -40,10 +42,40 @@ class TrainState:
     step: int
     config: dict[str, Any]
     shapes: str  # fingerprint of the data set
-    model: dict[str, torch.Tensor]
-    optimizer: dict[str, Any]
     metrics: dict[str, float]  # of the last step
     seconds: float  # spent training so far
+
+
+@dataclass
+class TrainState(Progress):
+    """A run after `step` steps."""
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Fill the model and its optimizer; where parameters are sharded, this rank's parts."""
+        targets = model.state_dict()
+        model.load_state_dict({name: _like(value, targets.get(name)) for name, value in self.model.items()})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {
+                name: _like(value, parameters[i]) if value.shape == parameters[i].shape else value
+                for name, value in values.items()
+            }
+            for i, values in self.optimizer["state"].items()
+        }
+        optimizer.load_state_dict({**self.optimizer, "state": moments})
+
+
+def _like(value: Tensor, target: Tensor | None) -> Tensor:
+    """This rank's part, where the target is sharded (a DTensor)."""
+    if not hasattr(target, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = value.to(target.device)
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None).clone()
 
 
 def save_state(path: str | Path, state: TrainState) -> None:
@@ -52,10 +84,14 @@ def save_state(path: str | Path, state: TrainState) -> None:
     try:
         replace_file(path, lambda file: torch.save(values, file))
     except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"the checkpoint of step {state.step} could not be written to {path} ({error}); "
-            "the former one, if any, is intact: make room, then continue with --resume"
-        ) from error
+        raise OSError(not_written(state.step, path, error)) from error
+
+
+def not_written(step: int, path: str | Path, reason: object) -> str:
+    return (
+        f"the checkpoint of step {step} could not be written to {path} ({reason}); "
+        "the former one, if any, is intact: make room, then continue with --resume"
+    )
 
 
 def load_state(path: str | Path) -> TrainState:

@@ -48,6 +48,9 @@ class PretrainConfig:
     exchange: Literal["gather", "ring"] = "gather"
     """How several processes compare their embeddings: "gather" all on each, or, where those do not fit, pass them on
     in a "ring"."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes hold the model: "ddp", each the whole; "fsdp" (FSDP2), each its share of every parameter,
+    gradient and optimizer state. The same numbers."""
     activation_checkpointing: bool = False
     """Compute the encoders' blocks again for the backward pass in place of keeping their activations: less memory, one
     more forward pass, the same numbers."""
@@ -97,6 +100,7 @@ class PretrainConfig:
             ("optimizer", self.optimizer in ("adam", "lars", "lamb"), "be 'adam', 'lars' or 'lamb'"),
             ("lr_scaling", self.lr_scaling in ("none", "linear", "sqrt"), "be 'none', 'linear' or 'sqrt'"),
             ("exchange", self.exchange in ("gather", "ring"), "be 'gather' or 'ring'"),
+            ("parallel", self.parallel in ("ddp", "fsdp"), "be 'ddp' or 'fsdp'"),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (
                 "part_size",

@@ -172,7 +172,8 @@ class LAMB(_LayerWise):
             state = self.state[weight]
             if "step" not in state:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
-                state["step"] = torch.zeros((), dtype=dtype, device=weight.device)
+                state["step"] = torch.zeros((), dtype=dtype)
+            state["step"] = state["step"].to(weight.device)  # load_state_dict leaves it where it was
             steps.append(state["step"])
         torch._foreach_add_(steps, 1)
         gradients = _local([weight.grad for weight in weights])

@@ -18,11 +18,13 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +37,18 @@ from crosspoint.data import CloudAugmentation, ImageAugmentation, PackedPairs, P
 from crosspoint.data.pack import is_packed
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
-from crosspoint.models.blocks import checkpoint_activations
+from crosspoint.models.blocks import checkpoint_activations, shard
 from crosspoint.train.cached import cached_backward
 from crosspoint.train.card import write_card
-from crosspoint.train.checkpoint import TrainState, check_same_run, load_state, save_state
+from crosspoint.train.checkpoint import Progress, TrainState, check_same_run, load_state, save_state
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
 from crosspoint.train.log import NoLog, RunLog
 from crosspoint.train.optim import learning_rate, make_optimizer
 from crosspoint.train.ranks import Ranks, joined
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
+
+if TYPE_CHECKING:
+    from crosspoint.train.sharded import ShardedState
 
 __all__ = ["Run", "open_dataset", "pretrain"]
 
@@ -52,11 +57,15 @@ log = logging.getLogger(__name__)
 # One stream of random numbers per purpose.
 _INIT, _SHUFFLE, _STEP, _AUGMENT = range(4)
 
+# The state in the run folder: a file, or a folder to which every rank writes its share of a sharded one.
+_WHOLE, _SHARDED = "state.pt", "state"
+
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Run (or, with `config.resume`, continue) the pre-training that `config` describes; returns a summary.
 
-    The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt, weights.safetensors and README.md, a model card.
+    The run folder gets config.yaml, log.jsonl, tensorboard/, state.pt (state/ where parameters are sharded),
+    weights.safetensors and README.md, a model card.
     Under torchrun (or in a process group of the caller) this process is one of several; any number of them can continue
     a run, and where torchrun has restarted them they do so unasked.
 
@@ -92,7 +101,11 @@ class Run:
     """One training: `train` makes it whole; `batches` and `train_step` are its parts."""
 
     def __init__(
-        self, config: PretrainConfig, dataset: PairDataset, ranks: Ranks, state: TrainState | None
+        self,
+        config: PretrainConfig,
+        dataset: PairDataset,
+        ranks: Ranks,
+        state: TrainState | ShardedState | None,
     ) -> None:
         self.config, self.dataset, self.ranks, self.device = config, dataset, ranks, ranks.device
         self.out = Path(config.out)
@@ -101,22 +114,25 @@ class Run:
         self.total = config.epochs * self.steps_per_epoch
         torch.manual_seed(derive_seed(config.seed, _INIT))
         self.model = models.build(config.model).to(self.device).train()
-        self.optimizer = make_optimizer(config, self.model.parameters())
         self.cloud_augmentation = CloudAugmentation(up=config.up)
         self.image_augmentation = ImageAugmentation(size=config.image_size, crop=config.crop)
         self.step, self.metrics, self.seconds = 0, {}, 0.0
-        if state is not None:
-            self._restore(state)
         if ranks.world > 1:
             self.model.synchronise(exchange=config.exchange)
         if config.activation_checkpointing:
             checkpoint_activations(self.model)
         self.averaging = None
-        if ranks.world > 1 and config.part_size is None:
+        self.sharded = config.parallel == "fsdp" and ranks.world > 1
+        if self.sharded:
+            shard(self.model, ranks.mesh())
+        elif ranks.world > 1 and config.part_size is None:
             self.averaging = DistributedDataParallel(
                 self.model,
                 find_unused_parameters=not config.model.cross_weight,  # the image encoder's
             )
+        self.optimizer = make_optimizer(config, self.model.parameters())
+        if state is not None:
+            self._restore(state)
 
     def train(self) -> dict[str, Any]:
         config = self.config
@@ -135,7 +151,9 @@ class Run:
         open_log = RunLog if self.ranks.first else NoLog
         run_log = open_log(self.out, first=self.step, total=self.total, batch_size=config.batch_size)
         before, started = self.seconds, time.perf_counter()
-        with contextlib.closing(run_log), Signals() as signals:
+        with contextlib.closing(run_log), Signals() as signals, warnings.catch_warnings():
+            # Nothing here changes an output in place.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             for batch in self.batches():
                 epoch = self.step // self.steps_per_epoch
                 self.metrics = self.train_step(batch)
@@ -201,6 +219,8 @@ class Run:
         output = self._backward(view1, view2, images)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        if self.sharded:
+            norm = norm.full_tensor()
         values = torch.stack([output.loss, output.intra_modal, output.cross_modal, norm]).tolist()
         metrics = dict(zip(("loss", "intra_modal", "cross_modal", "grad_norm"), values, strict=True))
         if not all(map(math.isfinite, values)):
@@ -227,7 +247,8 @@ class Run:
         parts = -(-largest // self.config.part_size)
         with record_function("forward and backward"):
             output = cached_backward(self.model, view1, view2, images, parts=parts, autocast=autocast)
-        self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        if not self.sharded:
+            self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
         return output
 
     def _stop_at_non_finite(self, metrics: dict[str, float]) -> None:
@@ -241,25 +262,37 @@ class Run:
         )
 
     def _save(self) -> None:
-        """On the first rank; the others wait, so that none goes on, or ends, before the state is there."""
-        if self.ranks.first:
-            self._write()
-        self.ranks.barrier()
+        """The first rank writes all but its share of a sharded state; the others wait, so that none goes on, or ends,
+        before the state is there."""
+        progress = {
+            "step": self.step,
+            "config": config_to_dict(_without_resume(self.config)),
+            "shapes": self.shapes,
+            "metrics": self.metrics,
+            "seconds": self.seconds,
+        }
+        if self.sharded:
+            from crosspoint.train import sharded
 
-    def _write(self) -> None:
+            weights = sharded.gather_weights(self.model, self.ranks)
+        else:
+            weights = self.model.state_dict()
         # Weights first: a kill in between leaves a state that will write them again.
-        checkpoints.save_model(self.out / "weights.safetensors", self.model, self.config.model)
-        state = TrainState(
-            step=self.step,
-            config=config_to_dict(_without_resume(self.config)),
-            shapes=self.shapes,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            metrics=self.metrics,
-            seconds=self.seconds,
-        )
-        save_state(self.out / "state.pt", state)
-        self._write_card()
+        if self.ranks.first:
+            checkpoints.save_model(self.out / "weights.safetensors", weights, self.config.model)
+        if self.sharded:
+            state = Progress(**progress)
+            sharded.save_sharded(self.out / _SHARDED, state, self.model, self.optimizer, self.ranks)
+        elif self.ranks.first:
+            state = TrainState(**progress, model=weights, optimizer=self.optimizer.state_dict())
+            save_state(self.out / _WHOLE, state)
+        if self.ranks.first:
+            if self.sharded:  # what is left from before `parallel` was changed
+                (self.out / _WHOLE).unlink(missing_ok=True)
+            else:
+                shutil.rmtree(self.out / _SHARDED, ignore_errors=True)
+            self._write_card()
+        self.ranks.barrier()
 
     def _write_card(self) -> None:
         write_card(
@@ -273,14 +306,13 @@ class Run:
             seconds=self.seconds,
         )
 
-    def _restore(self, state: TrainState) -> None:
+    def _restore(self, state: TrainState | ShardedState) -> None:
         if state.shapes != self.shapes:
             raise ValueError(
                 f"{self.config.data} does not hold the shapes that the run in {self.out} was started on; "
                 "a run can only continue on the same ones"
             )
-        self.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        state.restore(self.model, self.optimizer)
         self.step, self.metrics, self.seconds = state.step, state.metrics, state.seconds
 
 
@@ -322,18 +354,27 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _find_state(config: PretrainConfig, out: Path, say: Callable[..., None]) -> TrainState | None:
+def _find_state(
+    config: PretrainConfig, out: Path, say: Callable[..., None]
+) -> TrainState | ShardedState | None:
     if not config.resume:
-        for name in ("state.pt", "config.yaml"):
+        for name in (_WHOLE, _SHARDED, "config.yaml"):
             if (out / name).exists():
                 raise FileExistsError(
                     f"{out} already holds a run; pass --resume to continue it, or another --out to start one"
                 )
         return None
-    if not (out / "state.pt").exists():
+    states = []
+    if (out / _WHOLE).exists():
+        states.append(load_state(out / _WHOLE))
+    if (out / _SHARDED).exists():
+        from crosspoint.train.sharded import find_sharded
+
+        states += filter(None, [find_sharded(out / _SHARDED)])
+    if not states:
         say("%s holds no checkpoint yet: starting at step 0", out)
         return None
-    state = load_state(out / "state.pt")
+    state = max(states, key=lambda state: state.step)  # a kill may leave both where `parallel` was changed
     check_same_run(state.config, config_to_dict(config))
     return state
 

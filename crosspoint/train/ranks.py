@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import distributed
 
 from crosspoint._device import resolve_device
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Ranks", "joined"]
 
@@ -52,6 +55,12 @@ class Ranks:
         found = torch.tensor(float(flag), device=self.device)
         distributed.all_reduce(found, distributed.ReduceOp.MAX)
         return bool(found.item())
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks, as what shards tensors takes them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.world,))
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Of every tensor over the ranks, in place, in one exchange for each dtype."""

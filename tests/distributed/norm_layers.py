@@ -9,14 +9,19 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from crosspoint import models, ops
-from crosspoint.models.blocks import checkpoint_activations
+from crosspoint.models.blocks import checkpoint_activations, shard
+from crosspoint.models.resnet import _BasicBlock
 from crosspoint.nn import EdgeConv2, SharedLinear, SyncBatchNorm, convert_sync_batch_norm
+from crosspoint.train import PretrainConfig
 from crosspoint.train.cached import cached_backward
+from crosspoint.train.optim import make_optimizer
 from crosspoint.train.ranks import Ranks
 
 CLOUDS = {1: [8], 2: [5, 3], 3: [4, 0, 4], 4: [1, 3, 2, 2]}  # of each rank
 N, K, C_IN, C_OUT = 20, 4, 5, 7
 LAYERS = ("edge_conv", "edge_conv2", "conv_bn_act_pool")
+SHARDED = (1, 2, 3)  # worlds
+OPTIMIZERS = ("adam", "lars", "lamb")
 
 
 @functools.cache
@@ -97,7 +102,11 @@ class TinyImages(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+            nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            _BasicBlock(6, 6, 1),
+            nn.AdaptiveAvgPool2d(1),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -111,8 +120,12 @@ class Pinned(models.DGCNN):
         return super().forward(points, graphs=[self.graph] * 4)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def crosspoint(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
-    """A whole step of CrossPoint."""
+    """A whole step of CrossPoint: its gradients and their norm."""
     torch.manual_seed(6)
     model = models.CrossPoint(Pinned(K, projection_dim=8), TinyImages()).double()
     graph = given["idx"].clamp_min(0)
@@ -121,8 +134,21 @@ def crosspoint(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Modul
     step = convert(model)  # kept until gradients are there: with it would go what averages them
     out = step(x[..., :3], x[..., 2:5], x[:, :18, :3].reshape(-1, 3, 6, 3))
     out.loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {"loss": out.loss.detach(), **gradients, **dict(model.named_buffers())}
+    found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    found["norm"] = whole(nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]))
+    return {"loss": out.loss.detach(), **found, **dict(model.named_buffers())}
+
+
+def optimised(kind: str, convert: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+    """Parameters after two steps by given gradients, of which a parameter without one is no part."""
+    torch.manual_seed(8)
+    model = convert(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(2, 1)).double())
+    optimizer = make_optimizer(PretrainConfig(optimizer=kind, lr=0.1, weight_decay=0.1), model.parameters())
+    for _ in range(2):
+        for parameter in model[:2].parameters():
+            parameter.grad = parameter.detach().abs() + 0.1
+        optimizer.step()
+    return [whole(parameter.detach()) for parameter in model.parameters()]
 
 
 PARTS = 2
@@ -137,7 +163,7 @@ def in_parts(
     model = models.CrossPoint(models.PointNet(projection_dim=8), TinyImages()).double()
     x = torch.cat([own["x"] for own in ranks])
     loss = backward(model, (x[..., :3], x[..., 2:5], x[:, :18, :3].reshape(-1, 3, 6, 3)))
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     return {"loss": loss.detach(), **gradients, **dict(model.named_buffers())}
 
 
@@ -147,6 +173,14 @@ def cached(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         [p.grad for p in model.parameters()]
     )
     return loss
+
+
+def cached_and_sharded(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    return cached_backward(sharded(model), *batch, parts=PARTS).loss
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    return shard(model.synchronise(), Ranks(torch.device("cpu"), world=distributed.get_world_size()).mesh())
 
 
 def plainly(world: int, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
@@ -189,4 +223,16 @@ def results(rank: int, world: int, group) -> dict:
         own, lambda model: DistributedDataParallel(checkpoint_activations(model.synchronise()))
     )
     found["cached"] = in_parts([own], cached)
+    if world in SHARDED:
+        from torch.distributed.fsdp import fully_shard  # takes a second
+
+        found["sharded"] = crosspoint(own, lambda model: sharded(checkpoint_activations(model)))
+        found["cached, sharded"] = in_parts([own], cached_and_sharded)
+        mesh = Ranks(torch.device("cpu"), world=world).mesh()
+        for kind in OPTIMIZERS:
+            found[kind] = optimised(kind, lambda model: fully_shard(model, mesh=mesh))
+        try:
+            found["mixed"] = optimised("lars", lambda model: (fully_shard(model[0], mesh=mesh), model)[1])
+        except ValueError as error:
+            found["mixed"] = str(error)
     return found

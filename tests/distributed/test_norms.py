@@ -1,6 +1,7 @@
 """Batch norm over several processes: layers and models give what one process with all clouds gives, for any split."""
 
 import functools
+import itertools
 
 import norm_layers
 import pytest
@@ -50,6 +51,11 @@ def assert_same(ranks: list[dict], whole: dict, tolerance: float, *, average: bo
             )
 
 
+def under(*kinds: str, sharded: str) -> list[tuple[int, str]]:
+    """Cases (world, kind): some in every world, one in those that shard."""
+    return [*itertools.product(CLOUDS, kinds), *((world, sharded) for world in norm_layers.SHARDED)]
+
+
 @worlds
 @pytest.mark.parametrize("op", LAYERS)
 @pytest.mark.parametrize("impl", ["native", "reference"])
@@ -91,20 +97,29 @@ def test_modules_equal_one_process(results, world):
     assert_same([rank["norms"]["module"] for rank in results(world)], whole, 1e-11)
 
 
-@worlds
-@pytest.mark.parametrize("kind", ["crosspoint", "computed again"])
-def test_crosspoint_under_ddp(results, world, kind):
-    """One step of CrossPoint, graphs pinned: every parameter gets, on every rank, the gradient of one process; also
-    where the backward pass computes the blocks again."""
+@pytest.mark.parametrize("world, kind", under("crosspoint", "computed again", sharded="sharded"))
+def test_a_step_of_crosspoint(results, world, kind):
+    """Graphs pinned, under DDP and FSDP: every parameter gets, on every rank, the gradient of one process, also where
+    the backward pass computes the blocks again."""
     whole = norm_layers.crosspoint(norm_layers.inputs(), lambda model: model)
     assert_same([rank["norms"][kind] for rank in results(world)], whole, 1e-10, average=True)
 
 
-@worlds
-def test_a_cached_step_over_ranks(results, world):
+@pytest.mark.parametrize("world", norm_layers.SHARDED)
+@pytest.mark.parametrize("kind", norm_layers.OPTIMIZERS)
+def test_optimizers_of_sharded_parameters(results, world, kind):
+    """Norms are those of whole tensors, of which a rank may hold nothing."""
+    whole = norm_layers.optimised(kind, lambda model: model)
+    for rank in results(world):
+        torch.testing.assert_close(rank["norms"][kind], whole, rtol=1e-12, atol=1e-14)
+        assert "all parameters must be sharded in one way, or none" in rank["norms"]["mixed"]
+
+
+@pytest.mark.parametrize("world, kind", under("cached", sharded="cached, sharded"))
+def test_a_cached_step_over_ranks(results, world, kind):
     """Embedding caching: two parts on every rank equal one process that keeps all activations of the same parts."""
     whole = norm_layers.in_parts([norm_layers.inputs()], functools.partial(norm_layers.plainly, world))
-    assert_same([rank["norms"]["cached"] for rank in results(world)], whole, 1e-11, average=True)
+    assert_same([rank["norms"][kind] for rank in results(world)], whole, 1e-11, average=True)
 
 
 @several

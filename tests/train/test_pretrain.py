@@ -355,9 +355,10 @@ def test_packed_pairs_train_the_same(data, finished, tmp_path):
     assert_same_weights(finished[0], out)
 
 
-def test_lars_resumes(data, tmp_path):
-    """Its momentum is part of the state."""
-    options = {"optimizer": "lars", "lr": 0.3, "lr_scaling": "sqrt", "warmup_epochs": 1, "epochs": 2}
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+def test_layer_wise_optimizers_resume(data, tmp_path, optimizer):
+    """What they keep is part of the state."""
+    options = {"optimizer": optimizer, "lr": 0.3, "lr_scaling": "sqrt", "warmup_epochs": 1, "epochs": 2}
     pretrain(tiny_config(data, tmp_path / "whole", **options))
     rates = [r["lr"] for r in read_log(tmp_path / "whole" / "log.jsonl")]
     assert rates == pytest.approx([0.3 * (BATCH / 20) ** 0.5 * share for share in (0.5, 1, 0.5, 0.5)])
@@ -417,6 +418,7 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"optimizer": "sgd"}, "optimizer must be 'adam', 'lars' or 'lamb'"),
         ({"lr_scaling": "cubic"}, "lr_scaling must be 'none'"),
         ({"exchange": "tree"}, "exchange must be 'gather' or 'ring'"),
+        ({"parallel": "fsdp1"}, "parallel must be 'ddp' or 'fsdp'"),
         ({"crop": 0.0}, "crop must be a share of the area"),
         ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),

@@ -1,0 +1,104 @@
+"""Three processes that pre-train one run by turns, sharded and not, one of which dies; what each of them met."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.checkpoint import FileSystemWriter
+
+import tiny_ranks
+from crosspoint.train import pretrain
+from tiny_run import pretrain_module, tiny_config
+
+DIES = 2
+
+
+def work(rank: int, data: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    tiny_ranks.without_draws(setattr)
+    turns = {
+        "three of which one dies": (3, 2, killed_in_writing, {"activation_checkpointing": True}),
+        "two on a full disk": (2, 2, on_a_full_disk, {}),
+        "two": (2, 2, stopped_after(4), {"parallel": "ddp"}),
+        "two again": (2, 1, stopped_after(5), {}),
+    }
+    for name, (world, every, fault, options) in turns.items():
+        if rank >= world:
+            return
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{out}.{name}", rank=rank, world_size=world
+        )
+        config = tiny_config(
+            data, out, resume=True, checkpoint_every=every, **{"parallel": "fsdp", **options}
+        )
+        try:
+            with fault(rank):
+                pretrain(config)
+            said = "the end"
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+        distributed.destroy_process_group()
+        left = sorted(str(path.relative_to(out)) for path in [*out.glob("state*"), *out.glob("state/*")])
+        Path(f"{out}.{name}.{rank}").write_text(json.dumps([said, left]))
+
+
+@contextlib.contextmanager
+def changed(owner: object, name: str, value: object) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def killed_in_writing(rank: int) -> contextlib.AbstractContextManager:
+    """A rank dies when half of its part of the second checkpoint is written."""
+    original, calls = FileSystemWriter.write_data, []
+
+    def write_data(writer, *args):
+        done = original(writer, *args)
+        calls.append(1)
+        if rank == DIES and len(calls) == 2:
+            for path in Path(writer.path).glob(f"__{rank}_*"):
+                os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    return changed(FileSystemWriter, "write_data", write_data)
+
+
+def on_a_full_disk(rank: int) -> contextlib.AbstractContextManager:
+    """The last rank can write no large file."""
+    original = FileSystemWriter.write_data
+
+    def write_data(writer, *args):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        try:
+            return original(writer, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return changed(FileSystemWriter, "write_data", write_data)
+
+
+def stopped_after(step: int):
+    def fault(_: int) -> contextlib.AbstractContextManager:
+        original = pretrain_module.Run._save
+
+        def save(run):
+            original(run)
+            if run.step == step:
+                raise InterruptedError
+
+        return changed(pretrain_module.Run, "_save", save)
+
+    return fault
