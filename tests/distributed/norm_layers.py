@@ -22,6 +22,11 @@ N, K, C_IN, C_OUT = 20, 4, 5, 7
 LAYERS = ("edge_conv", "edge_conv2", "conv_bn_act_pool")
 SHARDED = (1, 2, 3)  # worlds
 OPTIMIZERS = ("adam", "lars", "lamb")
+ABLATIONS = {
+    "sharded, in parts": {},
+    "sharded, without images": {"cross_weight": 0.0},
+    "sharded, frozen": {"freeze_image_encoder": True},
+}
 
 
 @functools.cache
@@ -139,8 +144,9 @@ def crosspoint(given: dict[str, Tensor], convert: Callable[[nn.Module], nn.Modul
     return {"loss": out.loss.detach(), **found, **dict(model.named_buffers())}
 
 
-def optimised(kind: str, convert: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
-    """Parameters after two steps by given gradients, of which a parameter without one is no part."""
+def optimised(kind: str, convert: Callable[[nn.Module], nn.Module]) -> tuple[list[Tensor], int]:
+    """Parameters after two steps by given gradients, of which a parameter without one is no part; and how many values
+    of parameters and of the optimizer's state this process holds."""
     torch.manual_seed(8)
     model = convert(nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 2), nn.Linear(2, 1)).double())
     optimizer = make_optimizer(PretrainConfig(optimizer=kind, lr=0.1, weight_decay=0.1), model.parameters())
@@ -148,22 +154,27 @@ def optimised(kind: str, convert: Callable[[nn.Module], nn.Module]) -> list[Tens
         for parameter in model[:2].parameters():
             parameter.grad = parameter.detach().abs() + 0.1
         optimizer.step()
-    return [whole(parameter.detach()) for parameter in model.parameters()]
+    states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    held = sum(getattr(t, "to_local", lambda t=t: t)().numel() for t in (*model.parameters(), *states))
+    return [whole(parameter.detach()) for parameter in model.parameters()], held
 
 
 PARTS = 2
 
 
 def in_parts(
-    ranks: list[dict[str, Tensor]], backward: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
+    ranks: list[dict[str, Tensor]],
+    backward: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+    **options: object,
 ) -> dict:
     """A step of CrossPoint on a batch that is cut: part i is that of all ranks. backward(model, (view1, view2, images))
     gives the loss, of the clouds of all `ranks` one behind the other."""
     torch.manual_seed(7)
-    model = models.CrossPoint(models.PointNet(projection_dim=8), TinyImages()).double()
+    model = models.CrossPoint(models.PointNet(projection_dim=8), TinyImages(), **options).double()
     x = torch.cat([own["x"] for own in ranks])
     loss = backward(model, (x[..., :3], x[..., 2:5], x[:, :18, :3].reshape(-1, 3, 6, 3)))
-    gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    known = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: whole(grad) for name, grad in known.items()}
     return {"loss": loss.detach(), **gradients, **dict(model.named_buffers())}
 
 
@@ -227,7 +238,8 @@ def results(rank: int, world: int, group) -> dict:
         from torch.distributed.fsdp import fully_shard  # takes a second
 
         found["sharded"] = crosspoint(own, lambda model: sharded(checkpoint_activations(model)))
-        found["cached, sharded"] = in_parts([own], cached_and_sharded)
+        for name, options in ABLATIONS.items():
+            found[name] = in_parts([own], cached_and_sharded, **options)
         mesh = Ranks(torch.device("cpu"), world=world).mesh()
         for kind in OPTIMIZERS:
             found[kind] = optimised(kind, lambda model: fully_shard(model, mesh=mesh))

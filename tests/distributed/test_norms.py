@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable
 
 import norm_layers
 import pytest
@@ -51,9 +52,9 @@ def assert_same(ranks: list[dict], whole: dict, tolerance: float, *, average: bo
             )
 
 
-def under(*kinds: str, sharded: str) -> list[tuple[int, str]]:
-    """Cases (world, kind): some in every world, one in those that shard."""
-    return [*itertools.product(CLOUDS, kinds), *((world, sharded) for world in norm_layers.SHARDED)]
+def under(*kinds: str, sharded: Iterable[str]) -> list[tuple[int, str]]:
+    """Cases (world, kind): some in every world, some in those that shard."""
+    return [*itertools.product(CLOUDS, kinds), *itertools.product(norm_layers.SHARDED, sharded)]
 
 
 @worlds
@@ -97,7 +98,7 @@ def test_modules_equal_one_process(results, world):
     assert_same([rank["norms"]["module"] for rank in results(world)], whole, 1e-11)
 
 
-@pytest.mark.parametrize("world, kind", under("crosspoint", "computed again", sharded="sharded"))
+@pytest.mark.parametrize("world, kind", under("crosspoint", "computed again", sharded=["sharded"]))
 def test_a_step_of_crosspoint(results, world, kind):
     """Graphs pinned, under DDP and FSDP: every parameter gets, on every rank, the gradient of one process, also where
     the backward pass computes the blocks again."""
@@ -109,16 +110,18 @@ def test_a_step_of_crosspoint(results, world, kind):
 @pytest.mark.parametrize("kind", norm_layers.OPTIMIZERS)
 def test_optimizers_of_sharded_parameters(results, world, kind):
     """Norms are those of whole tensors, of which a rank may hold nothing."""
-    whole = norm_layers.optimised(kind, lambda model: model)
+    whole, size = norm_layers.optimised(kind, lambda model: model)
     for rank in results(world):
-        torch.testing.assert_close(rank["norms"][kind], whole, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(rank["norms"][kind][0], whole, rtol=1e-12, atol=1e-14)
         assert "all parameters must be sharded in one way, or none" in rank["norms"]["mixed"]
+    assert sum(rank["norms"][kind][1] for rank in results(world)) == size, "a share is held twice"
 
 
-@pytest.mark.parametrize("world, kind", under("cached", sharded="cached, sharded"))
+@pytest.mark.parametrize("world, kind", under("cached", sharded=norm_layers.ABLATIONS))
 def test_a_cached_step_over_ranks(results, world, kind):
     """Embedding caching: two parts on every rank equal one process that keeps all activations of the same parts."""
-    whole = norm_layers.in_parts([norm_layers.inputs()], functools.partial(norm_layers.plainly, world))
+    plainly, options = functools.partial(norm_layers.plainly, world), norm_layers.ABLATIONS.get(kind, {})
+    whole = norm_layers.in_parts([norm_layers.inputs()], plainly, **options)
     assert_same([rank["norms"][kind] for rank in results(world)], whole, 1e-11, average=True)
 
 

@@ -25,6 +25,7 @@ def work(rank: int, data: Path, out: Path) -> None:
     turns = {
         "three of which one dies": (3, 2, killed_in_writing, {"activation_checkpointing": True}),
         "two on a full disk": (2, 2, on_a_full_disk, {}),
+        "two that meet a NaN": (2, 9, nan_in_the_second_step, {}),
         "two": (2, 2, stopped_after(4), {"parallel": "ddp"}),
         "two again": (2, 1, stopped_after(5), {}),
     }
@@ -88,6 +89,20 @@ def on_a_full_disk(rank: int) -> contextlib.AbstractContextManager:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return changed(FileSystemWriter, "write_data", write_data)
+
+
+def nan_in_the_second_step(rank: int) -> contextlib.AbstractContextManager:
+    """In one rank's share of one gradient."""
+    original, calls = pretrain_module.Run._backward, []
+
+    def backward(run, *views):
+        output = original(run, *views)
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            next(run.model.parameters()).grad.to_local().fill_(float("nan"))
+        return output
+
+    return changed(pretrain_module.Run, "_backward", backward)
 
 
 def stopped_after(step: int):

@@ -1,5 +1,6 @@
 """Sharded pre-training: one run by three, two and one processes, sharded and not, through faults: the same steps."""
 
+import dataclasses
 import json
 import multiprocessing
 import pickle
@@ -14,12 +15,13 @@ import tiny_run
 from crosspoint import models
 from crosspoint.models import checkpoints
 from crosspoint.train import pretrain
-from crosspoint.train.checkpoint import Progress, load_state
+from crosspoint.train.checkpoint import Progress, TrainState, load_state, save_state
+from crosspoint.train.config import config_to_dict
 from crosspoint.train.log import read_log
 from crosspoint.train.optim import LAMB
 from crosspoint.train.ranks import Ranks
 from crosspoint.train.sharded import find_sharded, save_sharded
-from tiny_run import STEPS, tiny_config
+from tiny_run import STEPS, pretrain_module, tiny_config
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -62,6 +64,13 @@ def test_a_full_disk_keeps_the_former_state(run):
         )
         assert "rank 1: " in error
         assert left == ["state", "state/step-2"]
+
+
+def test_a_nan_in_one_share_stops_all(run):
+    """The state before that step is saved, and the runs that go on from it are as if nothing had been."""
+    for error, left in run[1]["two that meet a NaN"]:
+        assert error.startswith("FloatingPointError: step 4: loss ") and "grad_norm nan" in error
+        assert left == ["state", "state/step-3"]
 
 
 def test_each_kind_takes_the_place_of_the_other(run):
@@ -141,6 +150,18 @@ def test_only_whole_states_are_found(tmp_path):
     (damaged.path / "progress.json").write_text("{}")
     with pytest.raises(ValueError, match="step-11 is not a state of this version"):
         find_sharded(tmp_path)
+
+
+def test_the_later_state_counts(data, tmp_path):
+    """Where a kill has left both kinds."""
+    model, optimizer, progress = small(tmp_path / "state", 2)
+    config = tiny_config(data, tmp_path, resume=True)
+    progress.config = config_to_dict(config)
+    save_sharded(tmp_path / "state", dataclasses.replace(progress, step=3), model, optimizer, ALONE)
+    for step in (2, 4):
+        values = {**vars(progress), "step": step}
+        save_state(tmp_path / "state.pt", TrainState(**values, model={}, optimizer={}))
+        assert pretrain_module._find_state(config, tmp_path, print).step == max(3, step)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path):
