@@ -146,8 +146,17 @@ class PackedPairs(PairDataset):
     def view(self, index: int, view: int) -> np.ndarray:
         number = index // self._size
         clouds, images, checksums = self._shards[number]
-        row = self._first[index] + view - self._first[number * self._size]
+        row = self._row(index, view)
         return self._checked(images[row], checksums[len(clouds) + row], number, "images")
+
+    def sources(self, index: int) -> list[str]:
+        number, row = divmod(index, self._size)
+        rows = [("clouds", row), *(("images", self._row(index, view)) for view in self._draws(index))]
+        return [f"{_path(self.root, number, kind)}[{row}]" for kind, row in rows]
+
+    def _row(self, index: int, view: int) -> int:
+        """Of a view, in its shard."""
+        return int(self._first[index] + view - self._first[index // self._size * self._size])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shards": None}

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 from crosspoint._optional import require
 from crosspoint.data.ply import read_points
 
-__all__ = ["PairDataset", "check_sizes"]
+__all__ = ["PairDataset", "check_sizes", "listed"]
 
 _LAYOUT = (
     "expected layout: ROOT/ShapeNet/<class>/<id>.ply and ROOT/ShapeNetRendering/<class>/<id>/rendering/*.png "
@@ -104,7 +104,7 @@ class PairDataset(Dataset):
         few = [name for name, views in zip(names, views_per_shape, strict=True) if views < drawn]
         if few:
             raise ValueError(
-                f"{len(few)} shapes under {self.root} have fewer than {drawn} views: {_listed(few)}; ask for fewer"
+                f"{len(few)} shapes under {self.root} have fewer than {drawn} views: {listed(few)}; ask for fewer"
             )
 
     def set_epoch(self, epoch: int) -> None:
@@ -128,6 +128,14 @@ class PairDataset(Dataset):
         """A view of a shape, (image_size, image_size, 3) uint8."""
         return self._read_image(self._view_path(self.names[index], self._files[index][view]))
 
+    def sources(self, index: int) -> list[str]:
+        """Where the item at `index` comes from in this epoch: the file of its cloud, then that of each view."""
+        folder, stem = self.names[index].split("/")
+        clouds = (self.root / "ShapeNet" / folder).iterdir()
+        cloud = next(path for path in clouds if path.stem == stem and path.suffix.lower() == ".ply")
+        views = [self._view_path(self.names[index], self._files[index][i]) for i in self._draws(index)]
+        return list(map(str, [cloud, *views]))
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -135,18 +143,22 @@ class PairDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} shapes")
         index %= len(self)
-        epoch = int(self._epoch) if self._worker_epoch is None else self._worker_epoch
-        views = self.views_per_shape[index]
-        generator = np.random.default_rng((self.seed, epoch, index))
-        one = self._drawn == 1
-        drawn = [generator.integers(views)] if one else generator.permutation(views)[: self._drawn]
-        images = np.stack([self.view(index, i) for i in drawn])
+        images = np.stack([self.view(index, i) for i in self._draws(index)])
         image = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return {
             "points": torch.from_numpy(self.cloud(index)),
-            "image": image[0] if one else image,
+            "image": image[0] if self._drawn == 1 else image,
             "index": index,
         }
+
+    def _draws(self, index: int) -> list[int]:
+        """The views of a shape in this epoch."""
+        epoch = int(self._epoch) if self._worker_epoch is None else self._worker_epoch
+        views = self.views_per_shape[index]
+        generator = np.random.default_rng((self.seed, epoch, index))
+        if self._drawn == 1:
+            return [int(generator.integers(views))]
+        return generator.permutation(views)[: self._drawn].tolist()
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_image"}
@@ -207,7 +219,7 @@ class PairDataset(Dataset):
         ]
         return (
             f"{len(missing)} shapes under {self.root / 'ShapeNet'} have no image under "
-            f"{self.root / 'ShapeNetRendering'}: {_listed(missing)}; {_LAYOUT}. "
+            f"{self.root / 'ShapeNetRendering'}: {listed(missing)}; {_LAYOUT}. "
             "Pass on_error='skip' to leave them out"
         )
 
@@ -264,11 +276,12 @@ def _on_white(image_module: Any, image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _listed(items: Iterable[str]) -> str:
+def listed(items: Iterable[str]) -> str:
+    """The first of them, and how many more there are."""
     items = list(items)
     more = len(items) - _SHOWN
     return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _summary(skipped: list[tuple[Path, str]]) -> str:
-    return f"{len(skipped)} files ({_listed(f'{path}: {reason}' for path, reason in skipped)})"
+    return f"{len(skipped)} files ({listed(f'{path}: {reason}' for path, reason in skipped)})"

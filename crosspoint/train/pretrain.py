@@ -35,14 +35,23 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from crosspoint import models
 from crosspoint.data import CloudAugmentation, ImageAugmentation, PackedPairs, PairDataset
 from crosspoint.data.pack import is_packed
+from crosspoint.data.pairs import listed
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
 from crosspoint.models.blocks import checkpoint_activations, shard
 from crosspoint.train.cached import cached_backward
 from crosspoint.train.card import write_card
-from crosspoint.train.checkpoint import Progress, TrainState, check_same_run, load_state, save_state
+from crosspoint.train.checkpoint import (
+    Progress,
+    TrainState,
+    check_same_run,
+    load_state,
+    not_written,
+    save_state,
+)
 from crosspoint.train.config import PretrainConfig, config_to_dict, save_config
 from crosspoint.train.log import NoLog, RunLog
+from crosspoint.train.nonfinite import FailedBatch, save_batch
 from crosspoint.train.optim import learning_rate, make_optimizer
 from crosspoint.train.ranks import Ranks, joined
 from crosspoint.train.repeatable import Signals, derive_seed, isolated
@@ -73,7 +82,9 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         FileExistsError: the folder holds a run and `resume` is off.
         FileNotFoundError: there is no data.
         ValueError: the options cannot work, or are not those of the run to continue.
-        FloatingPointError: the loss or a gradient is not finite; the state before that step is saved.
+        FloatingPointError: the loss or a gradient is not finite; the state before that step is saved, and its batch
+            (`crosspoint.train.nonfinite`).
+        OSError: the disk is full, on all ranks; the former checkpoint is intact.
         KeyboardInterrupt: SIGINT or SIGTERM came, on any rank; the state is saved.
         ConnectionError: another rank is gone.
     """
@@ -89,10 +100,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         state = _find_state(config, out, log.info if ranks.first else log.debug)
         ranks.barrier()  # all have looked before one writes
         dataset = ranks.first_then_all(lambda: open_dataset(config, out))
-        if ranks.first:
+
+        def make_folder() -> None:
             out.mkdir(parents=True, exist_ok=True)
             if state is None:
                 save_config(out / "config.yaml", _without_resume(config))
+
+        ranks.on_first(make_folder)
         with isolated(ranks.device):
             return Run(config, dataset, ranks, state).train()
 
@@ -162,7 +176,7 @@ class Run:
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 run_log.advance(self.metrics["loss"], f"{epoch + 1}/{config.epochs}")
                 if ends_epoch or self.step % config.log_every == 0:
-                    run_log.write(self.step, epoch + 1, self.metrics)
+                    self.ranks.on_first(lambda epoch=epoch: run_log.write(self.step, epoch + 1, self.metrics))
                 every = config.checkpoint_every or self.steps_per_epoch
                 stop = self.ranks.any(bool(signals.received))
                 if stop or self.step % every == 0 or self.step == self.total:
@@ -226,7 +240,7 @@ class Run:
         if not all(map(math.isfinite, values)):
             for buffer, former in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(former)
-            self._stop_at_non_finite(metrics)
+            self._stop_at_non_finite(metrics, batch, view1, view2, images)
         with record_function("optimizer"):
             self.optimizer.step()
         return {**metrics, "lr": lr}
@@ -251,19 +265,56 @@ class Run:
             self.ranks.average([p.grad for p in self.model.parameters() if p.grad is not None])
         return output
 
-    def _stop_at_non_finite(self, metrics: dict[str, float]) -> None:
-        self._save()
+    def _stop_at_non_finite(
+        self,
+        metrics: dict[str, float],
+        loaded: dict[str, Tensor],
+        view1: Tensor,
+        view2: Tensor,
+        images: Tensor,
+    ) -> None:
+        config, step, key = self.config, self.step, self.ranks.key
+        indices = loaded["index"].tolist()
+        self.dataset.set_epoch(step // self.steps_per_epoch)  # of which the sources are
+        batch = FailedBatch(
+            step=step + 1,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            metrics=metrics,
+            config=config_to_dict(_without_resume(config)),
+            seeds={
+                "step": derive_seed(config.seed, _STEP, step, *key),
+                "augment": derive_seed(config.seed, _AUGMENT, step, *key),
+            },
+            names=[self.dataset.names[i] for i in indices],
+            sources=[self.dataset.sources(i) for i in indices],
+            points=loaded["points"],
+            view1=view1.cpu(),
+            view2=view2.cpu(),
+            images=images.cpu(),
+        )
+        try:
+            self._save()
+            folder = save_batch(self.out, batch)
+            kept = f"its batch is in {folder}, for crosspoint.train.nonfinite.replay; the state before it is saved"
+        except OSError as error:
+            kept = f"what led to it could not be saved ({error})"
+        names = [name for names in self.ranks.gather(batch.names) for name in names]
+        bad = {name: what for found in self.ranks.gather(batch.bad_inputs()) for name, what in found.items()}
         values = ", ".join(f"{name} {value}" for name, value in metrics.items())
-        schedule = _Schedule(len(self.dataset), self.config, Ranks(self.device), self.step, self.step + 1)
-        names = ", ".join(self.dataset.names[i] for _, i in next(iter(schedule)))
+        said = "; ".join(f"{name} ({what})" for name, what in bad.items())
         raise FloatingPointError(
-            f"step {self.step + 1}: {values}; the state before it is saved, --resume repeats the step. "
-            f"Its shapes: {names}. Look for NaN or infinity in them, else lower --lr"
+            f"step {step + 1}: {values}; {kept}. Its shapes: {listed(names)}. "
+            + (
+                f"NaN or infinity in the input of {said}: mend it, then --resume repeats the step"
+                if bad
+                else "All its inputs are finite: lower --lr, or see where the replay leaves the finite numbers"
+            )
         )
 
     def _save(self) -> None:
         """The first rank writes all but its share of a sharded state; the others wait, so that none goes on, or ends,
-        before the state is there."""
+        before the state is there. Where it cannot be written, all raise OSError."""
         progress = {
             "step": self.step,
             "config": config_to_dict(_without_resume(self.config)),
@@ -278,21 +329,28 @@ class Run:
         else:
             weights = self.model.state_dict()
         # Weights first: a kill in between leaves a state that will write them again.
-        if self.ranks.first:
-            checkpoints.save_model(self.out / "weights.safetensors", weights, self.config.model)
+        self.ranks.on_first(lambda: self._write_weights(weights))
         if self.sharded:
             state = Progress(**progress)
             sharded.save_sharded(self.out / _SHARDED, state, self.model, self.optimizer, self.ranks)
-        elif self.ranks.first:
+        else:
             state = TrainState(**progress, model=weights, optimizer=self.optimizer.state_dict())
-            save_state(self.out / _WHOLE, state)
-        if self.ranks.first:
-            if self.sharded:  # what is left from before `parallel` was changed
-                (self.out / _WHOLE).unlink(missing_ok=True)
-            else:
-                shutil.rmtree(self.out / _SHARDED, ignore_errors=True)
-            self._write_card()
-        self.ranks.barrier()
+            self.ranks.on_first(lambda: save_state(self.out / _WHOLE, state))
+        self.ranks.on_first(self._finish_folder)
+
+    def _write_weights(self, weights: dict[str, Tensor]) -> None:
+        path = self.out / "weights.safetensors"
+        try:
+            checkpoints.save_model(path, weights, self.config.model)
+        except OSError as error:
+            raise OSError(not_written(self.step, path, error)) from error
+
+    def _finish_folder(self) -> None:
+        if self.sharded:  # what is left from before `parallel` was changed
+            (self.out / _WHOLE).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.out / _SHARDED, ignore_errors=True)
+        self._write_card()
 
     def _write_card(self) -> None:
         write_card(

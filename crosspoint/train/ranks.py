@@ -62,6 +62,27 @@ class Ranks:
 
         return init_device_mesh(self.device.type, (self.world,))
 
+    def gather(self, value: T) -> list[T]:
+        """That of every rank, in their order, the same list on all: they must ask together."""
+        if self.world == 1:
+            return [value]
+        found: list[T] = [value] * self.world
+        distributed.all_gather_object(found, value)
+        return found
+
+    def on_first(self, function: Callable[[], object]) -> None:
+        """function(), on the first rank; the others wait for its end. Where it raises OSError, all do."""
+        failure = None
+        if self.first:
+            try:
+                function()
+            except OSError as error:
+                failure = error
+        if not self.any(failure is not None):
+            return
+        reason = self.gather(str(failure))[0]
+        raise failure or OSError(f"on the first rank: {reason}")
+
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Of every tensor over the ranks, in place, in one exchange for each dtype."""
         if self.world == 1:

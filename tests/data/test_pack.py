@@ -70,6 +70,10 @@ def test_items_are_those_of_the_files(pairs, packed, points):
     assert_same(found, PairDataset(pairs, **options))
     assert_same(pickle.loads(pickle.dumps(found)), PairDataset(pairs, **options))
     assert len(pickle.dumps(found)) < 4000, "shards travel with it"
+    for i in range(SHAPES):
+        arrays = [np.load(path)[int(row)] for path, row in map(row_of, found.sources(i))]
+        assert np.array_equal(arrays[0][:points], found[i]["points"])
+        assert np.array_equal(np.moveaxis(arrays[1], -1, 0), found[i]["image"])
     item = found[0]["points"]
     item.zero_()
     assert found[0]["points"].any(), "an item shares memory with the shard"
@@ -155,6 +159,11 @@ def test_command(pairs, tmp_path):
     arguments = ["pack", str(pairs), str(out), "--points", "16", "--image-size", "12"]
     assert cli.main(arguments) == 0
     assert (out / "pack.json").exists()
+
+
+def row_of(source: str) -> tuple[str, str]:
+    path, row = source.removesuffix("]").rsplit("[", 1)
+    return path, row
 
 
 def copied(packed: Path, tmp_path: Path) -> Path:

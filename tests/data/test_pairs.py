@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from crosspoint.data import PairDataset
-from crosspoint.data.ply import write_points
+from crosspoint.data.ply import read_points, write_points
 
 
 def points_of(number, count=20):
@@ -99,6 +99,9 @@ def test_several_views_are_different_ones_of_the_shape(root):
                 and first // 10 == second // 10 == int(dataset(root)[index]["image"][0, 0, 0]) // 10
             )
             drawn.add((index, first % 10, second % 10))
+            cloud, *files = data.sources(index)
+            assert np.array_equal(read_points(cloud)[:16], data[index]["points"])
+            assert [np.asarray(Image.open(file))[0, 0, 0] for file in files] == [first, second]
     assert len(drawn) > 12  # of 4 x 6: pairs change from epoch to epoch
     data.set_epoch(3)
     again = dataset(root, views=2)

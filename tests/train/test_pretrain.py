@@ -1,4 +1,5 @@
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -7,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.config import load_config
 from crosspoint.train.log import read_log
+from crosspoint.train.nonfinite import load_batch, replay
 from crosspoint.train.optim import learning_rate
 from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 
@@ -456,9 +460,63 @@ def test_non_finite_stops_with_the_state_before_it(data, finished, tmp_path, mon
     state = load_state(out / "state.pt")
     assert state.step == 3
     assert all(value.isfinite().all() for value in state.model.values())
+    batch = load_batch(out / "nonfinite_step4" / "rank0.pt")
+    again = replay(out / "nonfinite_step4", model=tiny_run.build_tiny(tiny_config(data, out).model))
+    assert again.bad_inputs == {} and again.module is None and again.gradients == []
+    assert math.isfinite(again.metrics["loss"])
+    if where == "gradient":  # dropout included
+        assert again.metrics["loss"] == batch.metrics["loss"]
     # Without the poison the run goes on from there as if nothing had been.
     pretrain(tiny_config(data, out, checkpoint_every=100, resume=True))
     assert_same_weights(finished[0], out)
+
+
+def test_a_cloud_of_nan_is_named_and_its_batch_kept(data, tmp_path):
+    packed, out = tmp_path / "packed", tmp_path / "run"
+    pack(PackConfig(str(data), str(packed), points=48, image_size=16))
+    clouds, checksums = (packed / f"shard-00000.{kind}.npy" for kind in ("clouds", "checksums"))
+    values, sums = np.load(clouds), np.load(checksums)
+    values[:, 7, 1] = np.nan
+    values[0] = 0.5
+    sums[:SHAPES] = [zlib.crc32(cloud) for cloud in values]
+    np.save(clouds, values)
+    np.save(checksums, sums)
+    with pytest.raises(FloatingPointError) as caught:
+        pretrain(tiny_config(packed, out, views=2))
+    folder = out / "nonfinite_step1"
+    batch = load_batch(folder / "rank0.pt")
+    assert (batch.step, batch.rank, batch.world, len(batch.names)) == (1, 0, 1, BATCH)
+    assert batch.images.shape == (BATCH, 2, 3, 16, 16)
+    expected = {}
+    for i, (name, sources) in enumerate(zip(batch.names, batch.sources, strict=True)):
+        assert len(sources) == 3
+        path, row = sources[0].removesuffix("]").split("[")
+        assert np.array_equal(np.load(path)[int(row)], batch.points[i].numpy(), equal_nan=True)
+        if int(row) > 0:
+            expected[name] = f"its cloud, {sources[0]}"
+    assert len(expected) >= BATCH - 1 and batch.bad_inputs() == expected
+    again = replay(folder, model=tiny_run.build_tiny(tiny_config(data, out).model))
+    assert again.bad_inputs == expected and again.module.startswith("point_encoder.") and again.gradients
+    said = str(caught.value)
+    assert str(folder) in said and "mend it" in said
+    assert all(f"{name} ({what})" in said for name, what in expected.items())
+
+
+def test_a_rate_too_high_is_told_from_bad_data(data, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(
+        FloatingPointError, match=r"step (\d): .* All its inputs are finite: lower --lr"
+    ) as caught:
+        pretrain(tiny_config(data, out, lr=1e30))
+    (folder,) = out.glob("nonfinite_step*")
+    assert str(folder) in str(caught.value)
+    batch = load_batch(folder / "rank0.pt")
+    again = replay(folder, model=tiny_run.build_tiny(tiny_config(data, out).model))
+    assert again.metrics == pytest.approx(batch.metrics, nan_ok=True)
+    assert again.module is not None and again.bad_inputs == {}
+    (folder / "rank0.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"rank0\.pt is not a batch"):
+        replay(folder)
 
 
 def test_a_full_disk_keeps_the_former_checkpoint(data, finished, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import tiny_run
 from crosspoint.train import pretrain
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.log import read_log
+from crosspoint.train.nonfinite import load_batch, replay
 from crosspoint.train.ranks import Ranks, joined
 from tiny_run import STEPS, tiny_config
 
@@ -86,7 +87,8 @@ def test_three_uneven_ranks_and_another_number_continues(data, alone, tmp_path, 
 
 
 def test_a_loss_of_nan_stops_all_ranks(tmp_path):
-    """From the command line: the step and its shapes are named, the state before it is saved, no rank is waited for."""
+    """From the command line: the step, its shapes and the file at fault are named, the state before it and each rank's
+    batch are saved, no rank is waited for."""
     data, out = tiny_run.write_pairs(tmp_path / "pairs", 4), tmp_path / "run"
     cloud = data / "ShapeNet" / "table" / "shape03.ply"
     content = bytearray(cloud.read_bytes())
@@ -107,10 +109,23 @@ def test_a_loss_of_nan_stops_all_ranks(tmp_path):
     said = [
         line for line in done.stderr.splitlines() if "crosspoint pretrain: error: step 1: loss nan" in line
     ]
-    assert said and all("table/shape03" in line and line.count("/shape") == 4 for line in said), done.stderr
+    folder, fault = (
+        out / "nonfinite_step1",
+        f"table/shape03 (its cloud after augmentation, finite in {cloud})",
+    )
+    shapes = "chair/shape00, chair/shape02, table/shape01, table/shape03"
+    assert len(said) == 2, done.stderr
+    for line in said:
+        assert fault in line and str(folder) in line, line
+        named = line.split("Its shapes: ")[1].split(". ")[0]
+        assert sorted(named.split(", ")) == shapes.split(", ")
     assert "lost contact" not in done.stderr
     state = load_state(out / "state.pt")
     assert state.step == 0 and all(value.isfinite().all() for value in state.model.values())
+    batches = [load_batch(folder / f"rank{rank}.pt") for rank in range(2)]
+    assert [(batch.rank, batch.world, len(batch.names)) for batch in batches] == [(0, 2, 2), (1, 2, 2)]
+    again = replay(folder)
+    assert list(again.bad_inputs) == ["table/shape03"] and again.module.startswith("point_encoder.")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
