@@ -26,7 +26,7 @@ from crosspoint.ops.neighbor_sum import neighbor_sum
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["of_edges", "of_rows", "of_values", "over_ranks", "spans_ranks"]
+__all__ = ["Share", "of_edges", "of_rows", "of_values", "over_ranks", "spans_ranks", "whole_batch"]
 
 
 def spans_ranks(op: str, group: ProcessGroup | None) -> bool:
@@ -62,6 +62,23 @@ def over_ranks(
     They come in the dtype that x is computed in; gamma and beta with what rounding has taken from the mean and the
     variance. Updates the running statistics as `nn.BatchNorm1d` does; an empty batch leaves them alone.
     """
+    _, mean, var = whole_batch(share, running_mean, running_var, momentum=momentum, group=group)
+    dtype = compute_dtype(x)
+    given_mean, given_var = mean.detach().to(dtype), var.detach().to(dtype)
+    scale = gamma.double() * torch.rsqrt(var + eps)
+    shift = beta.double() + scale * (given_mean - mean)
+    return (scale / torch.rsqrt(given_var.double() + eps)).to(dtype), shift.to(dtype), given_mean, given_var
+
+
+def whole_batch(
+    share: Share,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    momentum: float,
+    group: ProcessGroup,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and (biased) variance of all ranks' values, by which it updates the running statistics."""
     count, mean, var = merge_statistics(share.count, share.mean, share.var, group)
     with torch.no_grad():
         step = momentum * (count > 0).to(mean.dtype)
@@ -72,11 +89,7 @@ def over_ranks(
         ):
             if running is not None:
                 running.add_(step * (value - running))
-    dtype = compute_dtype(x)
-    given_mean, given_var = mean.detach().to(dtype), var.detach().to(dtype)
-    scale = gamma.double() * torch.rsqrt(var + eps)
-    shift = beta.double() + scale * (given_mean - mean)
-    return (scale / torch.rsqrt(given_var.double() + eps)).to(dtype), shift.to(dtype), given_mean, given_var
+    return count, mean, var
 
 
 def of_edges(x: Tensor, idx: Tensor, weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Share]:

@@ -27,8 +27,10 @@ most ceil(N / 64). Per thread, one tile: max(96, k) (C_mid + C_out) forward, 2 m
 types are widened: add a float32 copy of x, out and its gradient. Without gradients nothing is kept. GPUs keep the
 same and need other workspace, see docs/derivations/edge_conv2.md.
 
-Statistics over several processes (`group`) are the reference's alone, with its memory: those of the second norm are
-known in the middle of the fused passes, which have no place to exchange them.
+Several processes (`group`): the statistics are those of all ranks' edges. The first norm's are exchanged as in
+`edge_conv`, with its memory. Of the second norm, each rank's 2 C_out + 1 numbers are gathered behind the forward pass,
+before the activation, and 2 C_out sums added up before the backward pass, which forms its dense terms from them; while
+running, either takes up to 3 B N C_out more. torch.compile breaks its graph at the exchange.
 
 Dynamic Graph CNN for Learning on Point Clouds, arXiv 1801.07829.
 """
@@ -93,7 +95,6 @@ def edge_conv2(
         eps: added to the variances.
         negative_slope: of both LeakyReLUs, >= 0; 0 is ReLU.
         group: a process group of torch.distributed, whose ranks share the statistics of both norms as in `edge_conv`.
-            When training with several ranks only the reference can, and "auto" takes it.
         impl: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -101,7 +102,8 @@ def edge_conv2(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes and options; ValueError also when training with a single
-            value per channel, as in PyTorch.
+            value per channel, as in PyTorch (with a group, a rank may have one), and where this process is not in
+            the group.
         RuntimeError: for evaluation with norms but without running statistics, as in PyTorch.
         IndexError: for an entry of idx that is neither -1 nor in [0, N) (compiled backends).
     """
@@ -112,7 +114,7 @@ def edge_conv2(
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     tensors = (x, idx, weight1, gamma1, beta1, weight2, gamma2, beta2, *norm1[2:], *norm2[2:])
-    backend = _dispatch.choose("edge_conv2", impl, x.device, over_ranks=over_ranks)
+    backend = _dispatch.choose("edge_conv2", impl, x.device)
     if backend == "reference":
         with torch.autocast(device, enabled=False):
             return reference.edge_conv2(
@@ -122,6 +124,14 @@ def edge_conv2(
                 eps=eps,
                 negative_slope=negative_slope,
                 group=group if over_ranks else None,
+            )
+    if over_ranks:
+        with torch.autocast(device, enabled=False):
+            x, share = _rank_norm.of_edges(x, idx, weight1, group)
+            norm1 = _rank_norm.over_ranks(x, *norm1, share, momentum=momentum, eps=eps, group=group)
+            tensors = (x, idx, weight1, *norm1[:2], weight2, gamma2, beta2, *norm1[2:])
+            return _RankEdgeConv2.apply(
+                *tensors, running_mean2, running_var2, momentum, eps, negative_slope, group, backend
             )
     options = (training, momentum, eps, negative_slope)
     return _EdgeConv2.apply(*tensors, *options, torch.is_grad_enabled(), backend)[0]
@@ -177,7 +187,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _fake_forward(x, idx, weight1, gamma1, beta1, weight2, *rest):
     (batch, n, k), c_mid, c_out, dtype = idx.shape, weight1.shape[0], weight2.shape[0], _compute_dtype(x)
     nodes = (batch, n, c_out)
-    backward = rest[-1]
+    backward = rest[-2]
     return (
         x.new_empty(nodes),
         x.new_empty(nodes if backward else (0,), dtype=dtype),
@@ -192,7 +202,7 @@ def _fake_forward(x, idx, weight1, gamma1, beta1, weight2, *rest):
 
 
 def _fake_backward(grad, x, idx, weight1, gamma1, beta1, weight2, gamma2, *rest):
-    need_x, need_weight1, need_weight2 = rest[-3:]
+    need_x, need_weight1, need_weight2 = rest[-6:-3]
     dtype = _compute_dtype(x)
 
     def channels(weight):
@@ -214,15 +224,19 @@ _SAVED = (
     "Tensor winner, Tensor slot, Tensor degrees, Tensor centre, Tensor offset1, Tensor rstd1, Tensor offset2, "
     "Tensor rstd2"
 )
+# first_known: also in training the first norm's statistics are those given; mean_term (B, C_out) and slope_term (C_out)
+# float64: in training, what the second norm's statistics take from every edge, if not those of the batch, see
+# docs/derivations/edge_conv2.md.
 _library.define(
     f"edge_conv2(Tensor x, Tensor idx, {_PARAMETERS}, Tensor(a!)? running_mean1, Tensor(b!)? running_var1, "
     "Tensor(c!)? running_mean2, Tensor(d!)? running_var2, bool training, float momentum, float eps, "
-    f"float negative_slope, bool backward) -> (Tensor out, {_SAVED})",
+    f"float negative_slope, bool backward, bool first_known) -> (Tensor out, {_SAVED})",
     _fake_forward,
 )
 _library.define(
     f"edge_conv2_backward(Tensor grad, Tensor x, Tensor idx, {_PARAMETERS}, {_SAVED}, bool training, "
-    "float negative_slope, bool need_x, bool need_weight1, bool need_weight2) -> (Tensor grad_x, "
+    "float negative_slope, bool need_x, bool need_weight1, bool need_weight2, bool first_known, Tensor? mean_term, "
+    "Tensor? slope_term) -> (Tensor grad_x, "
     "Tensor grad_weight1, Tensor grad_gamma1, Tensor grad_beta1, Tensor grad_weight2, Tensor grad_gamma2, "
     "Tensor grad_beta2)",
     _fake_backward,
@@ -272,6 +286,7 @@ class _EdgeConv2(torch.autograd.Function):
             eps,
             negative_slope,
             backward,
+            False,
         )
 
     @staticmethod
@@ -287,15 +302,117 @@ class _EdgeConv2(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 18
-        tensors = ctx.saved_tensors
-        need_x, _, *need = ctx.needs_input_grad[:8]
-        options = (ctx.training, ctx.negative_slope, need_x, need[0], need[3], ctx.backend)
-        grad_x, *gradients = _EdgeConv2Backward.apply(grad, *tensors, *options)
-        wanted = (
-            gradient.to(parameter.dtype) if needed else None
-            for gradient, parameter, needed in zip(gradients, tensors[2:8], need, strict=True)
+        return *_gradients(ctx, grad, ctx.training, False, None, None), *(None,) * 10
+
+
+class _RankEdgeConv2(torch.autograd.Function):
+    """In training over several ranks: the first norm's statistics are given, the second's are exchanged here."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        idx,
+        weight1,
+        gamma1,
+        beta1,
+        weight2,
+        gamma2,
+        beta2,
+        mean1,
+        var1,
+        running_mean2,
+        running_var2,
+        momentum,
+        eps,
+        negative_slope,
+        group,
+        backend,
+    ):
+        inputs = (x, idx, weight1, gamma1, beta1, weight2, gamma2, beta2)
+        options = (True, momentum, eps, negative_slope, True, True)
+        out, winner, slot, degrees, centre, offset1, rstd1, offset2, rstd2 = _dispatch.operator(
+            "edge_conv2", backend
+        )(*inputs, mean1, var1, None, None, *options)
+        sign = torch.where(gamma2 < 0, -1.0, 1.0).double()
+        edges = degrees[0].sum(dtype=torch.float64)
+        norm1, norm2 = (gamma1, beta1, offset1, rstd1), (sign * offset2, rstd2)
+        share = _rank_norm.Share(edges, *_own_statistics(edges, norm1, weight2, norm2, negative_slope, eps))
+        ctx.edges, mean, var = _rank_norm.whole_batch(
+            share, running_mean2, running_var2, momentum=momentum, group=group
         )
-        return (grad_x if need_x else None, None, *wanted, *(None,) * 10)
+        offset2, rstd2 = offset2 + sign * (share.mean - mean), torch.rsqrt(var + eps)
+        ctx.group, ctx.negative_slope, ctx.backend = group, negative_slope, backend
+        ctx.save_for_backward(*inputs, winner, slot, degrees, centre, offset1, rstd1, offset2, rstd2)
+        z = _second_norm(winner, gamma2, beta2, offset2, rstd2)
+        z = torch.where(z > 0, z, z * negative_slope)
+        return out.copy_(z.masked_fill_((degrees[0] == 0)[..., None], 0))
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, _, _, _, _, _, gamma2, beta2, winner, _, degrees, _, _, _, offset2, rstd2 = ctx.saved_tensors
+        from torch import distributed
+
+        with torch.no_grad():
+            z, g = _second_norm(winner, gamma2, beta2, offset2, rstd2), grad.to(winner.dtype)
+            g = torch.where(z > 0, g, g * ctx.negative_slope)
+            del z
+            g.masked_fill_((degrees[0] == 0)[..., None], 0)
+            by_shift = g.sum(1, dtype=torch.float64)  # of each cloud
+            by_scale = (g.mul_(winner).sum(1, dtype=torch.float64) + offset2 * by_shift).sum(0) * rstd2
+            sums = torch.stack([by_shift.sum(0), by_scale])
+            del g
+            distributed.all_reduce(sums, group=ctx.group)
+            by_shift, by_scale = sums / ctx.edges.clamp_min(1)
+            slope_term = by_scale * rstd2
+            mean_term = by_shift + slope_term * offset2
+        return *_gradients(ctx, grad, True, True, mean_term, slope_term), *(None,) * 9
+
+
+def _second_norm(winner: Tensor, gamma: Tensor, beta: Tensor, offset: Tensor, rstd: Tensor) -> Tensor:
+    """z of signed, centred values (B, N, C_out)."""
+    scale = gamma.abs().double() * rstd
+    shift = scale * offset + beta.double()
+    return winner * scale.to(winner.dtype) + shift[:, None].to(winner.dtype)
+
+
+def _own_statistics(
+    edges: Tensor,
+    norm1: tuple[Tensor, ...],
+    weight2: Tensor,
+    norm2: tuple[Tensor, Tensor],
+    negative_slope: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The mean and the variance (C_out,) of h2 that the operator made of this rank's edges, float64; 0 without edges.
+    The mean is what h2 of a cloud's pivot exceeds its offset by."""
+    (gamma1, beta1, offset1, rstd1), (offset2, rstd2) = norm1, norm2
+    if len(offset2) == 0:
+        return torch.zeros_like(rstd2), torch.zeros_like(rstd2)
+    z = gamma1.double() * offset1[0] * rstd1 + beta1.double()
+    mean = weight2.double() @ torch.where(z > 0, z, negative_slope * z) - offset2[0]
+    var = (rstd2**-2 - eps).clamp_min(0)
+    return torch.where(edges > 0, mean, 0), torch.where(edges > 0, var, 0)
+
+
+def _gradients(
+    ctx,
+    grad: Tensor,
+    training: bool,
+    first_known: bool,
+    mean_term: Tensor | None,
+    slope_term: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Of x, idx and the parameters, in their dtypes; None where not needed."""
+    tensors = ctx.saved_tensors
+    need_x, _, *need = ctx.needs_input_grad[:8]
+    options = (training, ctx.negative_slope, need_x, need[0], need[3], first_known, mean_term, slope_term)
+    grad_x, *gradients = _EdgeConv2Backward.apply(grad, *tensors, *options, ctx.backend)
+    wanted = (
+        gradient.to(parameter.dtype) if needed else None
+        for gradient, parameter, needed in zip(gradients, tensors[2:8], need, strict=True)
+    )
+    return (grad_x if need_x else None, None, *wanted)
 
 
 class _EdgeConv2Backward(torch.autograd.Function):
@@ -325,6 +442,9 @@ class _EdgeConv2Backward(torch.autograd.Function):
         need_x,
         need_weight1,
         need_weight2,
+        first_known,
+        mean_term,
+        slope_term,
         backend,
     ):
         return _dispatch.operator("edge_conv2_backward", backend)(
@@ -350,6 +470,9 @@ class _EdgeConv2Backward(torch.autograd.Function):
             need_x,
             need_weight1,
             need_weight2,
+            first_known,
+            mean_term,
+            slope_term,
         )
 
     @staticmethod
@@ -364,15 +487,4 @@ class _EdgeConv2Backward(torch.autograd.Function):
         )
 
 
-def _why_not_over_ranks(*, over_ranks: bool) -> str | None:
-    if not over_ranks:
-        return None
-    return "batch statistics over several processes (group=) are the reference's alone; use impl='reference'"
-
-
-_dispatch.register(
-    "edge_conv2",
-    "edge_conv2",
-    "edge_conv2_backward",
-    limits=dict.fromkeys(("native", "triton"), _why_not_over_ranks),
-)
+_dispatch.register("edge_conv2", "edge_conv2", "edge_conv2_backward")

@@ -104,6 +104,11 @@ void second_norm(const EdgeConv2BackwardArgs<T>& args, Plan<T>& plan, const Para
     args.grad_gamma2[c] = T(sign_of(args.second.gamma, c) * gamma);
     args.grad_beta2[c] = T(beta);
     if (!args.training) continue;
+    if (args.slope_term != nullptr) {
+      plan.slope_term[c] = args.slope_term[c];
+      for (int64_t b = 0; b < args.batch; ++b) plan.mean_term[b * c_out + c] = args.mean_term[b * c_out + c];
+      continue;
+    }
     plan.slope_term[c] = gamma * args.saved.rstd2[c] / edges;
     for (int64_t b = 0; b < args.batch; ++b)
       plan.mean_term[b * c_out + c] = beta / edges + plan.slope_term[c] * args.saved.offset2[b * c_out + c];
@@ -398,8 +403,8 @@ void first_product(const EdgeConv2BackwardArgs<T>& args, const Plan<T>& plan, co
     sums[i] = 0;
     for (int64_t part = 0; part < plan.parts; ++part) sums[i] += part_sums[part * batch * width + i];
   }
-  finish_weight(batch, c_in, c_mid, width, items, partial.data(), sums.data(), args.saved.centre, args.training,
-                factor, args.grad_weight1, parallel);
+  finish_weight(batch, c_in, c_mid, width, items, partial.data(), sums.data(), args.saved.centre,
+                args.training && !args.first_known, factor, args.grad_weight1, parallel);
 }
 
 template <class T>
@@ -449,7 +454,7 @@ void backward(const EdgeConv2BackwardArgs<T>& args, const Parallel& parallel) {
     args.grad_beta1[c] = T(beta);
   }
   if (args.grad_x == nullptr && args.grad_weight1 == nullptr) return;
-  if (args.training)
+  if (args.training && !args.first_known)
     subtract_dense(args, maps, mean.data(), slope.data(), neighbour.data(), own.data(), parallel);
   first_product(args, plan, neighbour.data(), own.data(), width, factor.data(), parallel);
 }

@@ -174,7 +174,8 @@ void forward(const EdgeConv2ForwardArgs<T>& args, const Parallel& parallel) {
   const int64_t batch = args.batch, n = args.n, k = args.k, c_in = args.c_in, c_mid = args.c_mid,
                 c_out = args.c_out;
   const EdgeConv2Saved<T>& saved = args.saved;
-  const bool known = !args.training && args.first.gamma != nullptr;  // statistics that were given
+  const bool measured = args.training && !args.first_known;  // the first norm's statistics
+  const bool known = !measured && args.first.gamma != nullptr;
   Buffer<int64_t> edges(batch);
   parallel.ranges(batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -187,16 +188,14 @@ void forward(const EdgeConv2ForwardArgs<T>& args, const Parallel& parallel) {
       }
     }
   });
-  if (!args.training) {
-    for (int64_t c = 0; c < c_mid; ++c)
-      saved.rstd1[c] = known ? 1 / std::sqrt(double(args.first.running_var[c]) + args.eps) : 1.0;
-    for (int64_t c = 0; c < c_out; ++c)
-      saved.rstd2[c] = known ? 1 / std::sqrt(double(args.second.running_var[c]) + args.eps) : 1.0;
-  }
+  for (int64_t c = 0; c < c_mid && !measured; ++c)
+    saved.rstd1[c] = known ? 1 / std::sqrt(double(args.first.running_var[c]) + args.eps) : 1.0;
+  for (int64_t c = 0; c < c_out && !args.training; ++c)
+    saved.rstd2[c] = known ? 1 / std::sqrt(double(args.second.running_var[c]) + args.eps) : 1.0;
 
   NodeMaps<T> maps(args);
   maps.multiply(args, parallel);
-  if (args.training) first_statistics(args, maps, edges.data(), parallel);
+  if (measured) first_statistics(args, maps, edges.data(), parallel);
   maps.scale(saved.rstd1, c_mid, parallel);
   T* winners = saved.winner != nullptr ? saved.winner : args.out;
   second_layer(args, maps, winners, edges.data(), parallel);

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const std::optional<Tensor>& beta1, const Tensor& weight2, const std::optional<Tensor>& gamma2,
     const std::optional<Tensor>& beta2, std::optional<Tensor> running_mean1, std::optional<Tensor> running_var1,
     std::optional<Tensor> running_mean2, std::optional<Tensor> running_var2, bool training, double momentum, double eps,
-    double negative_slope, bool backward) {
+    double negative_slope, bool backward, bool first_known) {
   const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2), c_mid = weight1.size(0),
                 c_out = weight2.size(0);
   check_cloud_size(n);
@@ -93,15 +93,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       args.idx = data<int64_t>(idx_dense);
       args.first = first.pointers<T>();
       args.second = second.pointers<T>();
-      args.training = training;
+      args.training = training, args.first_known = first_known;
       args.momentum = momentum, args.eps = eps, args.negative_slope = negative_slope;
       args.out = mutable_data<T>(out);
       args.saved = saved.pointers<T>(batch * n, backward);
       edge_conv2_forward(args, parallel);
     });
-    if (training) {
+    if (training && !first_known) {
       copy_back(running_mean1, first.mean);
       copy_back(running_var1, first.var);
+    }
+    if (training) {
       copy_back(running_mean2, second.mean);
       copy_back(running_var2, second.var);
     }
@@ -116,7 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv2_ba
     const std::optional<Tensor>& beta1, const Tensor& weight2, const std::optional<Tensor>& gamma2,
     const std::optional<Tensor>& beta2, const Tensor& winner, const Tensor& slot, const Tensor& degrees,
     const Tensor& centre, const Tensor& offset1, const Tensor& rstd1, const Tensor& offset2, const Tensor& rstd2,
-    bool training, double negative_slope, bool need_x, bool need_weight1, bool need_weight2) {
+    bool training, double negative_slope, bool need_x, bool need_weight1, bool need_weight2, bool first_known,
+    const std::optional<Tensor>& mean_term, const std::optional<Tensor>& slope_term) {
   const int64_t batch = idx.size(0), n = idx.size(1), k = idx.size(2), c_in = x.size(2), c_mid = weight1.size(0),
                 c_out = weight2.size(0);
   const ScalarType dtype = compute_dtype(x);
@@ -147,9 +150,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv2_ba
       args.idx = data<int64_t>(idx_dense);
       args.first = first.pointers<T>();
       args.second = second.pointers<T>();
-      args.training = training;
+      args.training = training, args.first_known = first_known;
       args.negative_slope = negative_slope;
       args.saved = saved.pointers<T>(batch * n, true);
+      args.mean_term = optional_data<double>(mean_term);
+      args.slope_term = optional_data<double>(slope_term);
       if (need_x) args.grad_x = mutable_data<T>(grad_x);
       if (need_weight1) args.grad_weight1 = mutable_data<T>(grad_weight1);
       if (need_weight2) args.grad_weight2 = mutable_data<T>(grad_weight2);

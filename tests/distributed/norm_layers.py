@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from crosspoint.train.ranks import Ranks
 CLOUDS = {1: [8], 2: [5, 3], 3: [4, 0, 4], 4: [1, 3, 2, 2]}  # of each rank
 N, K, C_IN, C_OUT = 20, 4, 5, 7
 LAYERS = ("edge_conv", "edge_conv2", "conv_bn_act_pool")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHARDED = (1, 2, 3)  # worlds
 OPTIMIZERS = ("adam", "lars", "lamb")
 ABLATIONS = {
@@ -83,7 +85,7 @@ class Plain(nn.Module):
             nn.Flatten(),
         )
         self.linear = SharedLinear(C_IN, 6)
-        self.edges = EdgeConv2(C_IN, 5, 6, impl="reference")
+        self.edges = EdgeConv2(C_IN, 5, 6)
         self.last = nn.Sequential(nn.Linear(18, 4, bias=False), nn.BatchNorm1d(4, affine=False))
 
     def forward(self, x: Tensor, idx: Tensor, lengths: Tensor) -> Tensor:
@@ -213,17 +215,15 @@ def share(rank: int, world: int) -> dict[str, Tensor]:
 def results(rank: int, world: int, group) -> dict:
     own = share(rank, world)
     found = {}
-    for op, impl in itertools.product(LAYERS, ("native", "reference")):
-        if (op, impl) != ("edge_conv2", "native") or world == 1:
-            found[op, impl] = layer(op, own, torch.float64, impl=impl, group=group)
+    settings = list(itertools.product(LAYERS, ("native", "reference")))
+    if INTERPRETED and world == 2:
+        settings.append(("edge_conv2", "triton"))
+    for op, impl in settings:
+        found[op, impl] = layer(op, own, torch.float64, impl=impl, group=group)
     far = {**own, "x": own["x"] + 1000}
-    for op in ("edge_conv", "conv_bn_act_pool"):
+    for op in LAYERS:
         found[op, "far"] = layer(op, far, torch.float32, group=group)
         found[op, "half"] = layer(op, own, torch.bfloat16, group=group)
-    try:
-        found["refused"] = layer("edge_conv2", own, torch.float64, impl="native", group=group)
-    except RuntimeError as error:
-        found["refused"] = str(error)
     found["module"] = module(own, convert_sync_batch_norm)
     norm = SyncBatchNorm(C_IN)
     with torch.autocast("cpu", torch.bfloat16):

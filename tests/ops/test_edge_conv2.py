@@ -147,14 +147,14 @@ class TestEdgeConv2(OpTester):
         def forward(build, dtype=torch.float32, backward=True):
             call = build().to(dtype)
             statistics = [call.kwargs.get(name) for name in STATISTICS]
-            args = (*call.args, *statistics, call.kwargs["training"], 0.1, 1e-5, 0.2, backward)
+            args = (*call.args, *statistics, call.kwargs["training"], 0.1, 1e-5, 0.2, backward, False)
             return operators.edge_conv2.default, args
 
         def backward(build, dtype=torch.float32):
             operator, args = forward(build, dtype)
             out, *saved = operator(*args)
             return operators.edge_conv2_backward.default, (
-                torch.ones_like(out), *args[:8], *saved, args[12], 0.2, True, True, True,
+                torch.ones_like(out), *args[:8], *saved, args[12], 0.2, True, True, True, False, None, None,
             )  # fmt: skip
 
         return {

@@ -178,10 +178,11 @@ def run(device: Device, case: SimpleNamespace, order: tuple[int, int]) -> list[T
     x, *layers = case.parameters
     statistics = [None if t is None else t.clone() for t in case.statistics]
     out, *saved = orchestrator.forward(
-        leaves, x, case.idx, *layers, *statistics, case.training, 0.1, 1e-5, case.slope, True
+        leaves, x, case.idx, *layers, *statistics, case.training, 0.1, 1e-5, case.slope, True, False
     )
     gradients = orchestrator.backward(
-        leaves, weights_of(out), x, case.idx, *layers, *saved, case.training, case.slope, True, True, True
+        *(leaves, weights_of(out), x, case.idx, *layers, *saved, case.training, case.slope, True, True, True),
+        *(False, None, None),
     )
     there = [t is not None for t in case.parameters]
     gradients = [g for g, wanted in zip(gradients, there, strict=True) if wanted]

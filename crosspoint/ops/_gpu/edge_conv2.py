@@ -17,6 +17,7 @@ from crosspoint.ops._gpu._edge_layer import (
     EdgeNorm,
     Graph,
     Layer,
+    NormGradients,
     affine,
     edge_moments,
     edges_of,
@@ -57,6 +58,7 @@ def forward(
     eps: float,
     negative_slope: float,
     backward: bool,
+    first_known: bool,
 ) -> tuple[Tensor, ...]:
     """What operator edge_conv2 returns."""
     with torch.autocast(x.device.type, enabled=False):
@@ -88,8 +90,9 @@ def forward(
         layer1, layer2 = _layers(dtype, weight1, gamma1, beta1, weight2, gamma2, beta2)
         leaves.degrees(idx, degrees)
         edges = edges_of(degrees)
+        measured = training and not first_known
         centred, halves, norm1, _, _ = norm_of_edges(
-            *(leaves, x, idx, layer1, running_mean1, running_var1, training, momentum, eps),
+            *(leaves, x, idx, layer1, running_mean1, running_var1, measured, momentum, eps),
             *(degrees, centre, edges),
         )
         rounded = _rounded(given, weight1)
@@ -124,6 +127,19 @@ def _pivot(leaves: ModuleType, layer: Layer, norm: EdgeNorm, negative_slope: flo
     return pivot
 
 
+def _remainder(
+    layer: Layer, norm: EdgeNorm, gradients: NormGradients, edges: Tensor, total: Tensor, pivot: Tensor
+) -> Tensor:
+    """What leaf weight_gradient leaves out of the second weight's gradient: it takes the gradients of all edges for
+    adding up to 0, as they do where the statistics are of no other edges. total (C_mid): of a, over the edges."""
+    gamma = layer.gamma.double()
+    signed = torch.where(gamma < 0, -1.0, 1.0)[:, None] * layer.weight
+    left = (
+        gradients.sum.sum(0) - edges @ gradients.mean_term - gradients.slope_term * (signed.double() @ total)
+    )
+    return torch.outer(gamma * norm.rstd * left, pivot.mean(0)).to(layer.weight.dtype)
+
+
 def backward(
     leaves: ModuleType,
     grad: Tensor,
@@ -148,6 +164,9 @@ def backward(
     need_x: bool,
     need_weight1: bool,
     need_weight2: bool,
+    first_known: bool,
+    mean_term: Tensor | None,
+    slope_term: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """What operator edge_conv2_backward returns.
 
@@ -175,6 +194,8 @@ def backward(
             *(g, partial),
         )
         gradients2 = norm_gradients(leaves, partial, layer2, norm2, edges, training)
+        if mean_term is not None:
+            gradients2 = gradients2._replace(mean_term=mean_term, slope_term=slope_term)
         terms2 = (gradients2.mean_term, gradients2.slope_term)
         rows = x.new_empty((c_out + c_mid * training, c_mid))  # scale2 weight2; in training, -Q below it
         q, square = (x.new_empty((batch, c_mid)), rows[c_out:]) if training else (None, None)
@@ -202,7 +223,8 @@ def backward(
         routed = x.new_empty((batch, n, 2 * c_mid))
         partial = x.new_empty((3, batch, -(-n // _NODES), c_mid), dtype=torch.float64)
         leaves.own_gradient(*tiles, rows, q, routed, partial)
-        gradients1 = norm_gradients(leaves, partial[:2], layer1, norm1, edges, training)
+        measured = training and not first_known
+        gradients1 = norm_gradients(leaves, partial[:2], layer1, norm1, edges, measured)
 
         grad_x, grad_weight1 = x.new_empty(0), x.new_empty(0)
         if need_x or need_weight1:
@@ -212,7 +234,7 @@ def backward(
             leaves.add_runs(runs, graph.start, k, routed)
             del runs
             sums = moments = None
-            if training:
+            if measured:
                 sums = torch.empty_like(x)
                 leaves.neighbor_sum(centred, idx, sums)
                 moments = edge_moments(leaves, centred, sums, degrees) if need_weight1 else None
@@ -232,6 +254,9 @@ def backward(
                 torch.sum(partial[2], 1, out=moments[c_mid:])
             grad_weight2 = torch.empty_like(layer2.weight)
             pivot = _pivot(leaves, layer1, norm1, negative_slope)
+            remainder = None
+            if mean_term is not None:
+                remainder = _remainder(layer2, norm2, gradients2, edges, moments[c_mid:].sum(0), pivot)
             leaves.weight_gradient(
                 *(
                     sparse,
@@ -246,6 +271,8 @@ def backward(
                 ),
                 *(gradients2.sum, grad_weight2),
             )
+            if remainder is not None:
+                grad_weight2.add_(remainder)
         return (
             grad_x.to(given),
             *(grad_weight1, gradients1.gamma, gradients1.beta),

@@ -42,7 +42,8 @@ struct EdgeConv2ForwardArgs {
   const T* x;          // (batch, n, c_in)
   const int64_t* idx;  // (batch, n, k), checked: -1 or a row of the cloud
   EdgeConv2Layer<T> first, second;
-  bool training;  // statistics of this batch; only with norm
+  bool training;     // statistics of this batch; only with norm
+  bool first_known;  // when training: the first norm's are in its running_mean and running_var all the same
   double momentum, eps, negative_slope;
   T* out;  // (batch, n, c_out)
   EdgeConv2Saved<T> saved;
@@ -55,9 +56,13 @@ struct EdgeConv2BackwardArgs {
   const T* x;
   const int64_t* idx;
   EdgeConv2Layer<T> first, second;
-  bool training;
+  bool training, first_known;
   double negative_slope;
   EdgeConv2Saved<T> saved;
+  // What the second norm's statistics take from the signed gradient of every edge, scale2 (mean_term + slope_term h2),
+  // where they are not of this batch alone; null: of this batch.
+  const double* mean_term;   // (batch, c_out)
+  const double* slope_term;  // (c_out)
   T* grad_x;        // null if not wanted
   T* grad_weight1;  // those of the norms are null without norm
   T* grad_gamma1;
