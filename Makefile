@@ -66,9 +66,13 @@ interpret: build
 	  tests/ops/test_contrast_precision.py tests/distributed -k "triton and ($(INTERPRETED) or $(CONTRAST))"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/test_edge_conv2.py -k "triton and ($(INTERPRETED_TILES))"
 
+# The widest instruction set that this processor runs. `make cpp-sanitize` sanitizes the others' kernels.
+WIDEST = $(shell $(BIN)/python -c "from crosspoint.ops import _library; print(_library.cpu_variant())")
+
 # The operators' battery on kernels built with the address and undefined-behaviour sanitizers.
-sanitize: install
-	CROSSPOINT_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized
+sanitize: build
+	CROSSPOINT_ONLY=$(WIDEST) CROSSPOINT_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py --quiet build_ext --build-lib build/sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 CROSSPOINT_LIBRARY=build/sanitized/crosspoint/ops/libcrosspoint_ops.so \
 	$(BIN)/python -m pytest -q tests/ops -k "$(VALUES) or bad_input"
@@ -101,9 +105,9 @@ endef
 cpp: install
 	$(call cpp,release)
 
-cpp-sanitize: install
+cpp-sanitize: build
 	$(call cpp,asan,-DCROSSPOINT_SANITIZE=address$(comma)undefined)
-	$(call cpp,tsan,-DCROSSPOINT_SANITIZE=thread)
+	$(call cpp,tsan,-DCROSSPOINT_SANITIZE=thread -DCROSSPOINT_ONLY=$(WIDEST))
 
 arm64: install
 	@{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } > /dev/null || { echo "make arm64 needs a cross compiler and" \

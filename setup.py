@@ -4,6 +4,7 @@ linked into one shared object; and crosspoint._host: csrc/python_module.cpp with
 CROSSPOINT_BUILD=0 installs without compiling anything; the plain-PyTorch reference then runs every operator.
 CROSSPOINT_CUDA=auto|0|1: auto (the default) builds the CUDA kernels where torch has CUDA and a toolkit is found,
     0 never does, 1 fails with the reason where it cannot. TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") names the architectures.
+CROSSPOINT_ONLY=avx512|avx2|baseline builds the CPU kernels for that instruction set alone, in a third of the time.
 CROSSPOINT_SANITIZE=address,undefined builds with the compiler's sanitizers (see `make sanitize`).
 MAX_JOBS limits the compilers that run at a time.
 """
@@ -53,6 +54,12 @@ if X86:
         *VARIANT_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
+ONLY = os.environ.get("CROSSPOINT_ONLY", "")
+if ONLY:
+    if ONLY not in VARIANT_FLAGS:
+        raise SystemExit(f"CROSSPOINT_ONLY must be one of {', '.join(VARIANT_FLAGS)} here, got {ONLY!r}")
+    VARIANT_FLAGS = {ONLY: VARIANT_FLAGS[ONLY]}
+    COMMON_FLAGS.append(f"-DCROSSPOINT_ONLY={ONLY}")
 HOST_KERNELS = {"farthest_point_sampling", "knn", "neighbor_sum"}
 HOST_ONLY_KERNELS = {"farthest_point_sampling"}
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: the oldest whose stable ABI has what the bindings use

@@ -59,21 +59,15 @@ def parts(*, quick: bool, data: str | None = None) -> list[Part]:
     widest = facts()["instruction_set"]
     narrower = WIDEST_FIRST[1 + WIDEST_FIRST.index(widest) :] if widest in WIDEST_FIRST else ()
     apart = ["edge_conv", "dgcnn_backbone", "dgcnn"]
+    others = [op for op in registry.OPS if op not in apart]
     return [
         ops("tuned_dgcnn", 100, "--only", *apart[1:], "--rounds", "3", *everybody),
         ops(
             "tuned_edge_conv", 100, "--only", apart[0], "--rounds", "5", "--peers", "all", "--memory", *tuned
         ),
-        ops(
-            "tuned",
-            240,
-            "--only",
-            *(op for op in registry.OPS if op not in apart),
-            "--rounds",
-            "5",
-            *everybody,
-        ),
-        ops("default", 90, "--rounds", "3"),
+        ops("tuned", 240, "--only", *others, "--rounds", "5", *everybody),
+        ops("default_dgcnn", 40, "--only", *apart[1:], "--rounds", "3"),
+        ops("default", 90, "--only", *others, apart[0], "--rounds", "3"),
         step("dgcnn_8x1024_tuned", 40, *clouds, "--steps", "5", *tuned),
         step("dgcnn_8x1024_default", 50, *clouds),
         *(

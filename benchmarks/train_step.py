@@ -41,6 +41,9 @@ MODELS = ("dgcnn", "crosspoint")
 VARIANTS = ("fused", "plain")
 _SPARE = 0.9  # of what is free may be taken
 _TRIALS = 5  # of the search for the largest batch
+# In float64 on a small batch the variants agree. In float32, distances that round differently flip a few neighbours: at
+# 4 clouds of 1,024 points plain's loss was 1.2e-3 of itself off the one in float64, fused's 2e-4.
+_JUDGED = (("exact", "losses of a small batch in float64", 1e-9), ("loss", "first losses", 1e-2))
 
 
 class DoesNotFit(Exception):
@@ -87,10 +90,12 @@ def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -
     memory = Growth(args.device, most)
     torch.set_num_threads(args.threads)
     model = make_model(args.model, variant, args.k, args.depth).train().to(args.device)
-    # Libraries get loaded and the thread pool started before memory is counted.
-    small = make_inputs(args.model, 2, max(args.k, 64), 64)
-    loss_of(model, [each.to(args.device) for each in small]).backward()
-    model.zero_grad(set_to_none=True)
+    # Libraries get loaded and the thread pool started before memory is counted, by what the variants are judged by.
+    small = make_inputs(args.model, 4, max(args.k, 256), 64)
+    exact = loss_of(model.double(), [each.to(args.device).double() for each in small])
+    exact.backward()
+    exact = exact.item()
+    model.float().zero_grad(set_to_none=True)
     model.load_state_dict(make_model(args.model, variant, args.k, args.depth).state_dict())
     memory.start()
     try:
@@ -108,7 +113,13 @@ def serve(variant: str, args: argparse.Namespace, most: int, pipe: Connection) -
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
             pipe.send(
-                {"seconds": seconds, "loss": value, "peak_bytes": memory.bytes(), "held_bytes": memory.held}
+                {
+                    "seconds": seconds,
+                    "exact": exact,
+                    "loss": value,
+                    "peak_bytes": memory.bytes(),
+                    "held_bytes": memory.held,
+                }
             )
     except (RuntimeError, MemoryError) as error:
         if not _is_about_memory(error):
@@ -134,7 +145,7 @@ class Worker:
         self._variant = variant
 
     def step(self) -> dict:
-        """Seconds, loss and peak bytes. DoesNotFit where memory did not suffice."""
+        """Seconds, losses and peak bytes. DoesNotFit where memory did not suffice."""
         with suppress(OSError):  # where it ended before, it has said why
             self._pipe.send("step")
         try:
@@ -197,10 +208,10 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def summarise(args: argparse.Namespace, steps: dict[str, list[dict]], failed: dict[str, str]) -> dict:
-    first_losses = [runs[0]["loss"] for runs in steps.values()]
-    # Distances that round differently flip a few neighbours: the losses agree closely, not bitwise.
-    if first_losses and max(first_losses) - min(first_losses) > 1e-3 * abs(first_losses[0]):
-        raise SystemExit(f"the variants disagree, so no speed is reported: first losses {first_losses}")
+    for name, what, tolerance in _JUDGED:
+        losses = [runs[0][name] for runs in steps.values()]
+        if losses and max(losses) - min(losses) > tolerance * abs(losses[0]):
+            raise SystemExit(f"the variants disagree, so no speed is reported: {what} {losses}")
     result = {
         "model": args.model,
         "batch": args.batch,

@@ -21,6 +21,15 @@ Isa supported() {
 Isa choose() {
   const Isa best = supported();
   const char* forced = std::getenv("CROSSPOINT_CPU");
+#if defined(CROSSPOINT_ONLY)
+  const std::string only = isa_name(Isa::CROSSPOINT_ONLY);
+  if (Isa::CROSSPOINT_ONLY > best)
+    throw std::runtime_error("these kernels are built for " + only + " alone, and this processor runs at most " +
+                             isa_name(best));
+  if (forced != nullptr && *forced != '\0' && forced != only)
+    throw std::runtime_error("CROSSPOINT_CPU must be " + only + ", the only variant of this build, got " + forced);
+  return Isa::CROSSPOINT_ONLY;
+#else
   if (forced == nullptr || *forced == '\0') return best;
   for (Isa candidate : {Isa::baseline, Isa::avx2, Isa::avx512}) {
     if (std::string(forced) != isa_name(candidate)) continue;
@@ -30,6 +39,7 @@ Isa choose() {
     return candidate;
   }
   throw std::runtime_error(std::string("CROSSPOINT_CPU must be avx512, avx2 or baseline, got ") + forced);
+#endif
 }
 
 }  // namespace

@@ -14,8 +14,19 @@ const char* isa_name(Isa);
 
 }  // namespace crosspoint
 
+#if !defined(__x86_64__) && !defined(CROSSPOINT_ONLY)
+#define CROSSPOINT_ONLY baseline
+#endif
+
 // Declares a CPU kernel `void name(const Args&, const Parallel&)`: its variants, and the function that picks one.
-#if defined(__x86_64__)
+// A build that defines CROSSPOINT_ONLY has that variant alone.
+#if defined(CROSSPOINT_ONLY)
+#define CROSSPOINT_CPU_KERNEL(name, Args)                                                                \
+  namespace crosspoint {                                                                                 \
+  namespace CROSSPOINT_ONLY { void name(const Args&, const Parallel&); }                                 \
+  inline void name(const Args& args, const Parallel& parallel) { isa(), CROSSPOINT_ONLY::name(args, parallel); } \
+  }
+#else
 #define CROSSPOINT_CPU_KERNEL(name, Args)                                               \
   namespace crosspoint {                                                                \
   namespace avx512 { void name(const Args&, const Parallel&); }                         \
@@ -28,11 +39,5 @@ const char* isa_name(Isa);
       case Isa::baseline: return baseline::name(args, parallel);                        \
     }                                                                                   \
   }                                                                                     \
-  }
-#else
-#define CROSSPOINT_CPU_KERNEL(name, Args)                                               \
-  namespace crosspoint {                                                                \
-  namespace baseline { void name(const Args&, const Parallel&); }                       \
-  inline void name(const Args& args, const Parallel& parallel) { baseline::name(args, parallel); } \
   }
 #endif
