@@ -93,7 +93,7 @@ def _folder() -> Path | None:
 
 
 def _stand_in(folder: Path | None, what: str) -> str:
-    return f"generated shapes, for want of {what}" + (f" under {folder}" if folder else "")
+    return f"generated shapes, for want of {what}" + (f" under {folder.name}" if folder else "")
 
 
 def _meshes(batch: int, n: int) -> tuple[Tensor, str]:
@@ -105,7 +105,7 @@ def _meshes(batch: int, n: int) -> tuple[Tensor, str]:
     shapes, used = [], min(count, len(files))
     for place in range(used):
         shapes.append(load_mesh(files[place * len(files) // used].path))
-    source = f"{used} meshes of {folder}" if used else _stand_in(folder, "meshes")
+    source = f"{folder.name}, meshes: {used}" if used else _stand_in(folder, "meshes")
     if not used:
         names = generated.CLASSES
         shapes = [generated.make_mesh(names[i % len(names)], i, 0) for i in range(count)]

@@ -77,6 +77,7 @@ def parts(*, quick: bool, data: str | None = None) -> list[Part]:
         ops("tuned_threads", 30, "--no-ratios", "--thread-scaling", "--rounds", "5", *tuned),
         ops("tuned_growth", 130, "--no-ratios", "--scaling", "--rounds", "3", *everybody),
         step("crosspoint_4x1024_default", 130, *pretraining, "--largest-batch"),
+        ops("tuned_pairs", 40, "--only", "nt_xent", "--size", "large", "--rounds", "1", *everybody),
         ops("tuned_large", 240, "--size", "large", "small", "--rounds", "5", *everybody),
     ]
 

@@ -129,13 +129,18 @@ def test_a_crosspoint_step_of_both_variants():
     assert result["plain"]["peak_mib"] > 0 and result["device"] == "cpu"
 
 
-def test_variants_that_disagree_have_no_speed():
+@pytest.mark.parametrize(
+    ("first", "exact", "named"),
+    [((1.0, 1.1), (1.0, 1.0), "first losses"), ((1.0, 1.001), (1.0, 1.0 + 1e-7), "losses in float64")],
+)
+def test_variants_that_disagree_have_no_speed(first, exact, named):
     steps = {
         name: [{"seconds": 1.0, "loss": loss, "peak_bytes": 1}]
-        for name, loss in (("fused", 1.0), ("plain", 1.1))
+        for name, loss in zip(("fused", "plain"), first, strict=True)
     }
-    with pytest.raises(SystemExit, match="no speed is reported"):
-        train_step.summarise(args_of(), steps, {})
+    with pytest.raises(SystemExit, match=f"no speed is reported: {named}"):
+        train_step.summarise(args_of(), steps, {}, list(exact))
+    train_step.summarise(args_of(), {"fused": steps["fused"]}, {"plain": "does not fit"}, [exact[0]])
 
 
 def test_a_batch_that_does_not_fit_fails_alone():
