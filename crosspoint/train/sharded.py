@@ -167,6 +167,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 _INDEX_OF = {
     "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),  # Python 3.13
     "torch": ("Size",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
