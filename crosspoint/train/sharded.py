@@ -99,22 +99,25 @@ def save_sharded(
     try:
         with _also_alone():
             save(tensors, storage_writer=FileSystemWriter(fresh))
-    except CheckpointException as error:
+    except CheckpointException as error:  # the same on all ranks
         failure = _reasons(error)
-    if ranks.first and not failure:
+
+    def publish() -> None:
         try:
+            if failure:
+                raise OSError(failure)
             content = json.dumps(dataclasses.asdict(progress)).encode()
             replace_file(fresh / _PROGRESS, lambda file: file.write(content))
             os.rename(fresh, final)
             sync_folder(folder)
         except OSError as error:
-            failure = str(error)
-    if ranks.first:  # which hears of every failure
-        for other in [fresh] if failure else folder.iterdir():
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise OSError(not_written(progress.step, final, error)) from error
+        for other in folder.iterdir():
             if other != final:
                 shutil.rmtree(other, ignore_errors=True)
-    if ranks.any(bool(failure)):
-        raise OSError(not_written(progress.step, final, failure or "the first rank says why"))
+
+    ranks.on_first(publish)
 
 
 def gather_weights(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:

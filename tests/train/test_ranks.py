@@ -16,6 +16,7 @@ from crosspoint.train.checkpoint import load_state
 from crosspoint.train.log import read_log
 from crosspoint.train.nonfinite import load_batch, replay
 from crosspoint.train.ranks import Ranks, joined
+from crosspoint.train.sharded import find_sharded
 from tiny_run import STEPS, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +67,15 @@ def assert_same_steps(found: dict, expected: dict) -> None:
 
 
 def test_a_dead_rank_is_named_and_a_restart_resumes(data, alone, tmp_path):
-    """Two ranks, one of which is killed in step 4: the other says so, torchrun starts both again, and they go on."""
+    """Two ranks with half of the model each, one of which is killed in step 4: the other says so, torchrun starts both
+    again, and they go on."""
     out = tmp_path / "run"
     done = torchrun(2, tiny_ranks.__file__, data, out, 1, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "ConnectionError: rank 0 of 2 has lost contact to another rank" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
     assert_same_steps(losses(out), alone)
-    assert load_state(out / "state.pt").step == STEPS
+    assert find_sharded(out / "state").step == STEPS
 
 
 def test_three_uneven_ranks_and_another_number_continues(data, alone, tmp_path, no_draws):

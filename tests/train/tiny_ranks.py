@@ -50,5 +50,5 @@ if __name__ == "__main__":
     without_draws(setattr)
     if os.environ["RANK"] == failing and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         tiny_run.die_in_step(3)
-    exchange = "ring" if os.environ["WORLD_SIZE"] == "3" else "gather"
-    pretrain(tiny_config(Path(data), Path(out), checkpoint_every=3, exchange=exchange))
+    options = {"parallel": "fsdp"} if os.environ["WORLD_SIZE"] == "2" else {"exchange": "ring"}
+    pretrain(tiny_config(Path(data), Path(out), checkpoint_every=3, **options))
