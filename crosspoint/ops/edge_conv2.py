@@ -40,6 +40,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from crosspoint.ops import _dispatch, _gpu, _library, _rank_norm, reference
@@ -344,8 +345,7 @@ class _RankEdgeConv2(torch.autograd.Function):
         offset2, rstd2 = offset2 + sign * (share.mean - mean), torch.rsqrt(var + eps)
         ctx.group, ctx.negative_slope, ctx.backend = group, negative_slope, backend
         ctx.save_for_backward(*inputs, winner, slot, degrees, centre, offset1, rstd1, offset2, rstd2)
-        z = _second_norm(winner, gamma2, beta2, offset2, rstd2)
-        z = torch.where(z > 0, z, z * negative_slope)
+        z = F.leaky_relu_(_second_norm(winner, gamma2, beta2, offset2, rstd2), negative_slope)
         return out.copy_(z.masked_fill_((degrees[0] == 0)[..., None], 0))
 
     @staticmethod
@@ -373,7 +373,7 @@ def _second_norm(winner: Tensor, gamma: Tensor, beta: Tensor, offset: Tensor, rs
     """z of signed, centred values (B, N, C_out)."""
     scale = gamma.abs().double() * rstd
     shift = scale * offset + beta.double()
-    return winner * scale.to(winner.dtype) + shift[:, None].to(winner.dtype)
+    return (winner * scale.to(winner.dtype)).add_(shift[:, None].to(winner.dtype))
 
 
 def _own_statistics(

@@ -1,6 +1,7 @@
 """csrc/cuda/edge_conv2*.cu on the host, under the orchestrator that calls them on a GPU: whole layers, both passes."""
 
 import ctypes
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,6 +225,28 @@ def test_small(device, name):
 def test_large(device, name):
     if device.kind == "plain":
         check(device, LARGE[name], TOLERANCE[LARGE[name].parameters[0].dtype])
+
+
+def test_statistics_of_other_ranks(device):
+    """A first norm that is given in training, and terms that are not of these edges alone: as on a CPU."""
+    case = block(2, 13, 4, 3, 6, 5, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    terms = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 5), 5)]
+    settings = (case.slope, True, True, True, True, *terms)
+
+    def both(forward, backward, dtype):
+        x, *layers, mean, var = (t.to(dtype) for t in (*case.parameters, *case.statistics[:2]))
+        options = (True, 0.1, 1e-5, case.slope, True, True)
+        out, *saved = forward(x, case.idx, *layers, mean, var, None, None, *options)
+        grad = weights_of(out)
+        return [out, *saved[-2:], *backward(grad, x, case.idx, *layers, *saved, True, *settings)]
+
+    device.configure(*ORDERS[device.kind][0])
+    passes = (functools.partial(f, Leaves(device)) for f in (orchestrator.forward, orchestrator.backward))
+    found = both(*passes, torch.float32)
+    native = torch.ops.crosspoint
+    for a, e in zip(found, both(native.edge_conv2, native.edge_conv2_backward, torch.float64), strict=True):
+        assert_close(a, e, TOLERANCE[torch.float32], "edge_conv2")
 
 
 @pytest.mark.parametrize(("setting", "tolerance"), [("high", 5e-3), ("medium", 4e-2)])
