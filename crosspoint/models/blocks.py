@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,9 @@ def checkpoint_activations(model: CrossPoint) -> CrossPoint:
     for encoder in (model.point_encoder, model.image_encoder):
         layers = [m for m in encoder.modules() if isinstance(m, (EdgeConv, EdgeConv2, SharedLinear))]
         for block in layers or [*_repeated(encoder)] or [encoder]:
-            _compute_again(block)
+            block.__class__ = _checkpointed(
+                type(block)
+            )  # rather than its forward: a copy's would call the original's
     return model
 
 
@@ -67,22 +70,27 @@ def _repeated(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
         yield from _repeated(child, container)
 
 
-def _compute_again(block: nn.Module) -> None:
-    forward = block.forward
+class _Checkpointed:
+    """Goes before a block's class."""
 
-    def forward_and_forget(*args: object, **kwargs: object) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
         return checkpoint(
-            forward,
+            super().forward,
             *args,
             use_reentrant=False,
             early_stop=False,  # ranks must exchange alike, an empty one too
-            context_fn=lambda: (contextlib.nullcontext(), _on_copies_of_statistics(block)),
+            context_fn=lambda: (contextlib.nullcontext(), _on_copies_of_statistics(self)),
             **kwargs,
         )
 
-    block.forward = forward_and_forget
+
+@functools.cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    if issubclass(kind, _Checkpointed):
+        return kind
+    return type(f"Checkpointed{kind.__name__}", (_Checkpointed, kind), {})
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Activation checkpointing: the same step on fewer saved bytes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -113,6 +115,19 @@ def test_in_parts():
         results.append([loss, *(p.grad for p in m.parameters()), *m.buffers(), torch.rand(3)])
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_copy_is_its_own():
+    original = checkpoint_activations(checkpoint_activations(model("dgcnn", Residual)))
+    copied = copy.deepcopy(original)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+    step(copied)
+    assert all(parameter.grad is None for parameter in original.parameters())
+    assert all(parameter.grad is not None for parameter in copied.parameters())
+    statistics = zip(original.buffers(), copied.buffers(), strict=True)
+    assert not any(torch.equal(*pair) for pair in statistics)
 
 
 def test_blocks_of_a_resnet():
