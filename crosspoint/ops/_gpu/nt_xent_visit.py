@@ -41,5 +41,6 @@ def backward(
     exponents, shift = weights_exponents(lse[None], largest, both.scale.dtype)
     partial, moments = partial_gradient(leaves, both, temperature, exponents, None, None, 0, rows, True)
     power = torch.exp2(-shift)
-    sums = partial.sum((0, 1), dtype=torch.float64).mul_(power)[:, :channels].to(both.scale.dtype)
-    return sums, math.log(2) * power * moments.sum(dtype=torch.float64)
+    of_parts = partial[0, :, :, :channels]
+    sums = of_parts[0] if len(of_parts) == 1 else of_parts.sum(0, dtype=torch.float64)
+    return (sums * power).to(both.scale.dtype), math.log(2) * power * moments.sum(dtype=torch.float64)
