@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -31,7 +32,7 @@ class RunLog:
     def __init__(self, folder: Path, *, first: int, total: int, batch_size: int) -> None:
         tensorboard = require("torch.utils.tensorboard", extra="train")
         tqdm = require("tqdm", extra="train")
-        path = folder / "log.jsonl"
+        self._folder, path = folder, folder / "log.jsonl"
         kept = [r for r in read_log(path) if r["step"] <= first] if first and path.exists() else []
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace_file(path, lambda file: file.write(text.encode()))
@@ -53,16 +54,24 @@ class RunLog:
         self._bar.update()
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Add one record; the speed is the mean since the one before."""
+        """Add one record; the speed is the mean since the one before. Raises OSError that says how to go on."""
         now = time.perf_counter()
         speed = self._batch_size * (step - self._last_step) / max(now - self._last_time, 1e-9)
         self._last_step, self._last_time = step, now
         record = {"step": step, "epoch": epoch, **values, "shapes_per_second": round(speed, 3)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(f"train/{name}", value, step)
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(f"train/{name}", value, step)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # which tries once more
+                self._file.close()
+            raise OSError(
+                f"the log of step {step} could not be written to {self._folder} ({error}); "
+                "the last checkpoint is intact: make room, then continue with --resume"
+            ) from error
 
     def close(self) -> None:
         self._bar.close()

@@ -13,6 +13,7 @@ from torch import distributed
 from torch.distributed.checkpoint import FileSystemWriter
 
 import tiny_ranks
+from crosspoint.models import checkpoints
 from crosspoint.train import pretrain
 from tiny_run import pretrain_module, tiny_config
 
@@ -26,6 +27,9 @@ def work(rank: int, data: Path, out: Path) -> None:
         "three of which one dies": (3, 2, killed_in_writing, {"activation_checkpointing": True}),
         "two on a full disk": (2, 2, on_a_full_disk, {}),
         "two that meet a NaN": (2, 9, nan_in_the_second_step, {}),
+        "two without room for weights": (2, 2, no_room_for("weights.safetensors", out), {"parallel": "ddp"}),
+        "two without room for a state": (2, 2, no_room_for("state.pt", out), {"parallel": "ddp"}),
+        "two without room for a log": (2, 2, no_room_for_the_log, {"parallel": "ddp"}),
         "two": (2, 2, stopped_after(4), {"parallel": "ddp"}),
         "two again": (2, 1, stopped_after(5), {}),
     }
@@ -45,6 +49,7 @@ def work(rank: int, data: Path, out: Path) -> None:
         except Exception as error:
             said = f"{type(error).__name__}: {error}"
         distributed.destroy_process_group()
+        checkpoints.load_model(out, tiny_ranks.build(config.model))  # whole, whatever has failed
         left = sorted(str(path.relative_to(out)) for path in [*out.glob("state*"), *out.glob("state/*")])
         Path(f"{out}.{name}.{rank}").write_text(json.dumps([said, left]))
 
@@ -89,6 +94,28 @@ def on_a_full_disk(rank: int) -> contextlib.AbstractContextManager:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return changed(FileSystemWriter, "write_data", write_data)
+
+
+def no_room_for(name: str, out: Path):
+    """The first rank writes this file to a device that is full."""
+
+    def fault(rank: int) -> contextlib.AbstractContextManager:
+        if rank == 0:
+            (out / f"{name}.tmp").symlink_to("/dev/full")
+        return contextlib.nullcontext()
+
+    return fault
+
+
+def no_room_for_the_log(_: int) -> contextlib.AbstractContextManager:
+    original = pretrain_module.RunLog.write
+
+    def write(log, *args):
+        log._file.close()
+        with open("/dev/full", "a") as log._file:
+            original(log, *args)
+
+    return changed(pretrain_module.RunLog, "write", write)
 
 
 def nan_in_the_second_step(rank: int) -> contextlib.AbstractContextManager:

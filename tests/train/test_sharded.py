@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import pickle
+import re
 import signal
 
 import pytest
@@ -62,6 +63,25 @@ def test_a_full_disk_keeps_the_former_state(run):
         assert error.startswith("OSError: ") and "the checkpoint of step 4 could not be written" in error
         assert "(rank 1: " in error and "--resume" in error
         assert left == ["state", "state/step-2"]
+
+
+@pytest.mark.parametrize(
+    ("turn", "what"),
+    [
+        ("weights", r"checkpoint of step 4 could not be written to .*weights\.safetensors"),
+        ("a state", r"checkpoint of step 4 could not be written to .*state\.pt"),
+        ("a log", "log of step 4 could not be written to .*run"),
+    ],
+)
+def test_a_full_disk_of_the_first_rank_ends_all(run, turn, what):
+    """With the reason; the former state stays, and once there is room the run goes on from it."""
+    errors = []
+    for error, left in run[1][f"two without room for {turn}"]:
+        errors.append(error.replace("OSError: on the first rank: ", "OSError: "))
+        assert re.match(rf"OSError: the {what} \(\[Errno 28\] No space left on device\)", errors[-1]), error
+        assert "intact" in error and "--resume" in error
+        assert left == ["state", "state/step-3"]
+    assert len(errors) == 2 and errors[0] == errors[1]
 
 
 def test_a_nan_in_one_share_stops_all(run):
