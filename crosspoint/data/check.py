@@ -11,8 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from crosspoint.data.modelnet import load_modelnet40, load_modelnet40_text
+from crosspoint.data.pack import PackedPairs, is_packed, read_index
 from crosspoint.data.pairs import PairDataset
 from crosspoint.data.parts import load_parts
+from crosspoint.data.prepare import was_interrupted
 from crosspoint.data.s3dis import load_s3dis
 from crosspoint.data.scanobjectnn import load_scanobjectnn
 
@@ -118,12 +120,14 @@ def check_folder(root: str | Path, *, points: int = 1024) -> list[FolderReport]:
     reports = [_check_labelled(root, layout, points) for layout in found]
     if (root / "ShapeNet").is_dir():
         reports.append(_check_pairs(root, points))
+    if is_packed(root):
+        reports.append(_check_packed(root, points))
     if not found and (any(root.glob("*train*.h5")) or any(root.glob("hdf5_data/*train*.h5"))):
         reports.append(_check_parts(root, points))
     if not reports:
         signs = [sign for layout in _LAYOUTS for sign in layout.signs]
         raise FileNotFoundError(
-            f"{root} holds no data set of a known layout: none of ShapeNet/, *train*.h5, {', '.join(signs)}"
+            f"{root} holds no data set of a known layout: none of ShapeNet/, pack.json, *train*.h5, {', '.join(signs)}"
         )
     return reports
 
@@ -183,6 +187,36 @@ def _check_pairs(root: Path, points: int) -> FolderReport:
         f"{len(dataset)} shapes in {len(dataset.classes)} classes, {min(views)} to {max(views)} readable images each"
     )
     report.problems += [f"{path}: {reason}" for path, reason in dataset.skipped]
+    if was_interrupted(root):
+        report.problems.append("`crosspoint prepare` was interrupted: the same command goes on")
+    return report
+
+
+def _check_packed(root: Path, points: int) -> FolderReport:
+    report = FolderReport("packed pairs of clouds and images")
+    try:
+        image_size = read_index(root)["image_size"]
+        dataset = PackedPairs(root, points=points, image_size=image_size)
+    except (OSError, ValueError) as error:
+        report.problems.append(str(error))
+        return report
+    problems: list[str] = []  # a damaged file comes once for each of its shapes
+    usable = 0
+    for index, views in enumerate(dataset.views_per_shape):
+        try:
+            for view in range(views):
+                dataset.view(index, view)
+            if not np.isfinite(dataset.cloud(index)).all():
+                raise ValueError(f"{dataset.sources(index)[0]}: {dataset.names[index]} is not finite")
+            usable += 1
+        except ValueError as error:
+            problems.append(str(error))
+    views = dataset.views_per_shape
+    report.lines.append(
+        f"{usable} of {len(dataset)} shapes in {len(dataset.classes)} classes are whole, {min(views)} to {max(views)} "
+        f"images of {image_size} pixels each"
+    )
+    report.problems += dict.fromkeys(problems)
     return report
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from crosspoint._files import replace_file
 from crosspoint.data.pairs import PairDataset, check_sizes
 
-__all__ = ["PackConfig", "PackedPairs", "is_packed", "pack"]
+__all__ = ["PackConfig", "PackedPairs", "is_packed", "open_pairs", "pack", "read_index"]
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,14 @@ def is_packed(root: str | Path) -> bool:
     return (Path(root) / _INDEX).exists() or (Path(root) / f"{_INDEX}.started").exists()
 
 
+def open_pairs(
+    root: str | Path, *, points: int = 2048, image_size: int = 224, seed: int = 0, views: int = 1
+) -> PairDataset:
+    """The pairs of a folder, packed or not."""
+    kind = PackedPairs if is_packed(root) else PairDataset
+    return kind(root, points=points, image_size=image_size, seed=seed, views=views)
+
+
 class PackedPairs(PairDataset):
     """What `pack` wrote, item by item the same as the `PairDataset` of what it packed.
 
@@ -122,7 +130,7 @@ class PackedPairs(PairDataset):
     ) -> None:
         check_sizes(points, image_size, views)
         self.root = Path(root)
-        index = _read_index(self.root)
+        index = read_index(self.root)
         if image_size != index["image_size"]:
             raise ValueError(
                 f"{root} holds images of {index['image_size']} pixels, {image_size} were asked for; pass image_size="
@@ -194,7 +202,8 @@ def _claim(out: Path, index: dict[str, Any]) -> None:
     replace_file(started, lambda file: file.write(json.dumps(index).encode()))
 
 
-def _read_index(root: Path) -> dict[str, Any]:
+def read_index(root: Path) -> dict[str, Any]:
+    """What a folder says of its pack. Raises FileNotFoundError if it is missing or was interrupted."""
     path = root / _INDEX
     if not path.exists():
         what = "was interrupted: run `crosspoint pack` again" if is_packed(root) else "is not there"

@@ -28,7 +28,7 @@ from crosspoint.data import generated, render
 from crosspoint.data.meshes import MeshFile, find_meshes, load_mesh
 from crosspoint.data.ply import write_points
 
-__all__ = ["GENERATED", "PrepareConfig", "PrepareReport", "prepare"]
+__all__ = ["GENERATED", "PrepareConfig", "PrepareReport", "prepare", "was_interrupted"]
 
 log = logging.getLogger(__name__)
 
@@ -129,18 +129,26 @@ def prepare(config: PrepareConfig) -> PrepareReport:
 
     job = _Job(str(out), config.points, config.views, config.image_size, config.up, config.seed)
     missing = [mesh for mesh in meshes if not job.cloud(mesh.name).exists()]
+    if missing:
+        (out / _REPORT).unlink(missing_ok=True)  # of a former run; where there is none, one was interrupted
     failed: dict[str, str] = {}
-    with (
-        tqdm(total=len(meshes), initial=len(meshes) - len(missing), desc="prepare", unit="shape") as bar,
-        contextlib.closing(_results(job, missing, _processes(config, len(missing)))) as results,
-    ):
-        for mesh, reason in results:
-            bar.update()
-            if reason is not None:
-                failed[str(mesh.path.relative_to(root))] = reason
-                bar.set_postfix(broken=len(failed))
-                if config.strict:
-                    break
+    try:
+        with (
+            tqdm(total=len(meshes), initial=len(meshes) - len(missing), desc="prepare", unit="shape") as bar,
+            contextlib.closing(_results(job, missing, _processes(config, len(missing)))) as results,
+        ):
+            for mesh, reason in results:
+                bar.update()
+                if reason is not None:
+                    failed[str(mesh.path.relative_to(root))] = reason
+                    bar.set_postfix(broken=len(failed))
+                    if config.strict:
+                        break
+    except KeyboardInterrupt:
+        done = sum(job.cloud(mesh.name).exists() for mesh in meshes)
+        raise KeyboardInterrupt(
+            f"{done} of {len(meshes)} shapes are complete in {out}: the same command goes on"
+        ) from None
     report = _report(job, meshes, missing, failed, time.perf_counter() - start)
     content = json.dumps({**asdict(report), "config": asdict(config)}, indent=2, default=str)
     replace_file(out / _REPORT, lambda file: file.write(content.encode()))
@@ -165,6 +173,11 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         ),
     )
     return report
+
+
+def was_interrupted(out: Path) -> bool:
+    """Whether `prepare` has begun to fill a folder, and has not come to its end."""
+    return (out / _SETTINGS).exists() and not (out / _REPORT).exists()
 
 
 def _claim(out: Path, config: PrepareConfig, built_in: bool) -> None:

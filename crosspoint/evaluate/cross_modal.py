@@ -13,6 +13,7 @@ import torch
 from crosspoint._device import resolve_device
 from crosspoint._optional import require
 from crosspoint.data import ImageAugmentation, PairDataset
+from crosspoint.data.pack import open_pairs
 from crosspoint.evaluate import plots
 from crosspoint.evaluate.features import turn_upright
 from crosspoint.evaluate.protocol import NAMES, output_folder, up_axis, versions, write_results
@@ -36,7 +37,7 @@ class CrossModalConfig:
     run: Path
     """Run folder, or weights file, of a whole CrossPoint: both encoders and their projections."""
     data: Path = Path("data")
-    """Folder with ShapeNet/ and ShapeNetRendering/: shapes that the run was not trained on."""
+    """Folder with ShapeNet/ and ShapeNetRendering/, or a pack of one: shapes that the run was not trained on."""
     out: Path | None = None
     """Folder for cross_modal.json and cross_modal.png; the run folder by default."""
     points: int = 2048
@@ -73,7 +74,7 @@ def evaluate_cross_modal(config: CrossModalConfig) -> dict[str, Any]:
     for module in ("sklearn", "PIL", "tqdm") + ("matplotlib",) * config.picture:
         require(module, extra="eval")
     start, out = time.perf_counter(), output_folder(config)
-    dataset = PairDataset(config.data, points=config.points, image_size=config.image_size, seed=config.seed)
+    dataset = open_pairs(config.data, points=config.points, image_size=config.image_size, seed=config.seed)
     results_of, ranked_by = {}, {}
     for key, model in _models(config).items():
         clouds, images = _project(config, key, model, dataset)

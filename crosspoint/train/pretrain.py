@@ -33,8 +33,8 @@ from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from crosspoint import models
-from crosspoint.data import CloudAugmentation, ImageAugmentation, PackedPairs, PairDataset
-from crosspoint.data.pack import is_packed
+from crosspoint.data import CloudAugmentation, ImageAugmentation, PairDataset
+from crosspoint.data.pack import open_pairs
 from crosspoint.data.pairs import listed
 from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
@@ -453,12 +453,8 @@ def open_dataset(config: PretrainConfig, out: Path) -> PairDataset:
                 workers=config.workers,
             )
         )
-    dataset = (PackedPairs if is_packed(root) else PairDataset)(
-        root,
-        points=config.points,
-        image_size=config.image_size,
-        seed=config.seed,
-        views=config.views,
+    dataset = open_pairs(
+        root, points=config.points, image_size=config.image_size, seed=config.seed, views=config.views
     )
     if len(dataset) < config.batch_size:
         raise ValueError(

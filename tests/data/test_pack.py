@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import pickle
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,32 @@ def test_interrupted_packing_goes_on(pairs, packed, tmp_path, monkeypatch, where
     assert pack(config(pairs, out))["made"] == (0 if where == "pack.json" else 2)
     for path in packed.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_data_check(packed, tmp_path, capsys):
+    """Every cloud and image is read; a damaged file is named once."""
+    check = ["data", "check", "--points", "16"]
+    assert cli.main([*check, str(packed)]) == 0
+    said = capsys.readouterr().out
+    assert "7 of 7 shapes in 2 classes are whole, 1 to 3 images of 12 pixels each" in said
+    out = copied(packed, tmp_path)
+    path = out / "shard-00001.images.npy"
+    images = np.load(path)
+    np.save(path, 255 - images)
+    clouds = np.load(out / "shard-00002.clouds.npy")
+    clouds[0, 3] = np.nan
+    np.save(out / "shard-00002.clouds.npy", clouds)
+    sums = np.load(out / "shard-00002.checksums.npy")
+    sums[0] = zlib.crc32(clouds[0])
+    np.save(out / "shard-00002.checksums.npy", sums)
+    assert cli.main([*check, str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "3 of 7 shapes" in said and said.count("wrong: ") == 2
+    assert f"wrong: {path} is damaged" in said
+    assert "shard-00002.clouds.npy[0]: table/shape5 is not finite" in said
+    (out / "pack.json").unlink()
+    assert cli.main([*check, str(out)]) == 1
+    assert "was interrupted: run `crosspoint pack` again" in capsys.readouterr().out
 
 
 def test_no_pack(tmp_path):

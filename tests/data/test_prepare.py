@@ -14,6 +14,7 @@ import trimesh
 from PIL import Image
 
 from crosspoint.data import PairDataset
+from crosspoint.data.check import check_folder
 from crosspoint.data.ply import read_points
 from crosspoint.data.prepare import PrepareConfig, prepare
 
@@ -149,17 +150,35 @@ def test_complete_shapes_are_kept_and_incomplete_ones_redone(meshes, tmp_path):
 
 SCRIPT = """
 import os, sys, time
+from pathlib import Path
+import PIL.Image
 import crosspoint.data.prepare as module
 
-original = module.load_mesh
+load_mesh, write_points, save = module.load_mesh, module.write_points, PIL.Image.Image.save
 
-def load_mesh(path, **options):
+def load(path, **options):
     if path.stem == "killer":
         os.kill(os.getpid(), 9)
-    time.sleep(float(sys.argv[3]))
-    return original(path, **options)
+    return load_mesh(path, **options)
 
-module.load_mesh = load_mesh  # in the loading processes too: they import this file
+def wait_for(go):
+    while not Path(go).exists():
+        time.sleep(0.01)
+
+def write_half_cloud(path, points):
+    if path.stem == "box3":
+        path.with_name("box3.ply.tmp").write_bytes(b"ply")
+        wait_for(sys.argv[3])
+    write_points(path, points)
+
+def save_half_view(image, path, **options):
+    if "box5" in str(path):
+        path.write_bytes(b"half")
+        wait_for(sys.argv[3])
+    save(image, path, **options)
+
+# In the loading processes too: they import this file.
+module.load_mesh, module.write_points, PIL.Image.Image.save = load, write_half_cloud, save_half_view
 
 if __name__ == "__main__":
     module.prepare(module.PrepareConfig(
@@ -167,35 +186,51 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path, meshes, out, delay):
+def start(tmp_path, meshes, out, go):
+    """Prepare in processes; two of the shapes are written by half, and the rest once the file `go` is there."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return subprocess.Popen(
-        [sys.executable, script, meshes, out, str(delay)],
+        [sys.executable, script, meshes, out, go],
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         start_new_session=True,
     )
 
 
-def test_a_killed_run_goes_on_to_the_same_result(meshes, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_goes_on_to_the_same_result(meshes, tmp_path, number):
+    """In the middle of a cloud and of a view; Ctrl-C reaches all processes."""
     run(meshes, tmp_path / "whole")
-    out = tmp_path / "killed"
-    process = start(tmp_path, meshes, out, 0.4)
+    out, go = tmp_path / "interrupted", tmp_path / "go"
+    process = start(tmp_path, meshes, out, go)
     deadline = time.monotonic() + 60
-    while len(list(out.glob("ShapeNet/*/*.ply"))) < 2:
+    half = (out / "ShapeNet/flat/box3.ply.tmp", out / "ShapeNetRendering/flat/box5/.rendering.tmp/00.png")
+    while not all(path.exists() for path in half):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    if number == signal.SIGKILL:
+        process.kill()
+    else:
+        os.killpg(process.pid, number)
+        go.touch()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -number
     while _group_is_alive(process.pid):  # no process may outlive the one that was killed
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    done = len(list(out.glob("ShapeNet/*/*.ply")))
-    assert done < 6
+    done = len(PairDataset(out, points=64, image_size=32))
+    if number == signal.SIGKILL:
+        assert done == 1 and all(path.exists() for path in half)
+    else:
+        assert f"{done} of 6 shapes are complete" in errors.decode() and 3 <= done < 6
+    assert check_folder(out, points=64)[0].problems == [
+        "`crosspoint prepare` was interrupted: the same command goes on"
+    ]
     report = run(meshes, out)
     assert (report.shapes, report.prepared) == (6, 6 - done)
     assert contents(out) == contents(tmp_path / "whole")
+    assert check_folder(out, points=64)[0].problems == []
 
 
 def _group_is_alive(group):
@@ -209,7 +244,9 @@ def _group_is_alive(group):
 def test_a_mesh_that_kills_its_process_is_blamed_alone(meshes, tmp_path):
     run(meshes, tmp_path / "whole")
     (meshes / "tall" / "killer.off").write_bytes((meshes / "tall" / "box0.off").read_bytes())
-    process = start(tmp_path, meshes, tmp_path / "out", 0)
+    go = tmp_path / "go"
+    go.touch()
+    process = start(tmp_path, meshes, tmp_path / "out", go)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors.decode()
     report = json.loads((tmp_path / "out" / "prepare_report.json").read_text())

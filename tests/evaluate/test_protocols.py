@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.svm import SVC
 from crosspoint import cli
 from crosspoint.data import LabelledClouds, write_modelnet40
 from crosspoint.data.clouds import read_clouds_of, resample
+from crosspoint.data.pack import PackConfig, pack
 from crosspoint.data.ply import write_points
 from crosspoint.evaluate.cross_modal import CrossModalConfig, evaluate_cross_modal, recall_at
 from crosspoint.evaluate.embed_files import EmbedConfig, embed_files
@@ -207,6 +209,10 @@ def test_cross_modal_end_to_end(run, tmp_path, capsys):
         for row in directions.values():
             assert row["recall_at_10"] == 1 and row["recall_at_1"] <= row["recall_at_5"]
     assert "image to cloud" in capsys.readouterr().out and spots(tmp_path / "out/cross_modal.png")
+    packed = tmp_path / "packed"
+    pack(PackConfig(str(config.data), str(packed), points=POINTS, image_size=32))
+    of_pack = evaluate_cross_modal(replace(config, data=packed, picture=False))
+    assert of_pack["encoders"] == results["encoders"]
 
 
 # ---- features of files

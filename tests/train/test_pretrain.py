@@ -20,6 +20,8 @@ from torch import nn
 import crosspoint
 import tiny_run
 from crosspoint import models
+from crosspoint.data import PairDataset
+from crosspoint.data import pack as pack_module
 from crosspoint.data.pack import PackConfig, pack
 from crosspoint.data.prepare import PrepareConfig
 from crosspoint.train import pretrain
@@ -171,14 +173,14 @@ def test_another_seed_other_weights(data, finished, tmp_path):
 def test_every_epoch_draws_full_batches_of_distinct_shapes(data, tmp_path, monkeypatch):
     seen, views = [], []
 
-    class Spy(pretrain_module.PairDataset):
+    class Spy(PairDataset):
         def __getitem__(self, index):
             item = super().__getitem__(index)
             seen.append(index)
             views.append(item["image"].float().mean().item())
             return item
 
-    monkeypatch.setattr(pretrain_module, "PairDataset", Spy)
+    monkeypatch.setattr(pack_module, "PairDataset", Spy)
     pretrain(tiny_config(data, tmp_path / "run"))
     used = SHAPES // BATCH * BATCH
     epochs = [seen[i : i + used] for i in range(0, len(seen), used)]
