@@ -33,9 +33,8 @@ def checkpoint_activations(model: CrossPoint) -> CrossPoint:
     for encoder in (model.point_encoder, model.image_encoder):
         layers = [m for m in encoder.modules() if isinstance(m, (EdgeConv, EdgeConv2, SharedLinear))]
         for block in layers or [*_repeated(encoder)] or [encoder]:
-            block.__class__ = _checkpointed(
-                type(block)
-            )  # rather than its forward: a copy's would call the original's
+            # Rather than a forward of its own, which in a copy of the model would call the original's.
+            block.__class__ = _checkpointed(type(block))
     return model
 
 

@@ -58,6 +58,8 @@ class ShardedState(Progress):
                 raise ValueError(f"the model has no {', '.join(unknown)}")
             with _also_alone():
                 load(_filled(target), storage_reader=reader)
+        except RuntimeError:
+            raise  # another rank is gone: what a file is to blame for comes as one of those below
         except (Exception, CheckpointException) as error:
             reason = _reasons(error) if isinstance(error, CheckpointException) else error
             raise ValueError(f"{self.path} is not a state of this version of crosspoint: {reason}") from error
