@@ -60,8 +60,11 @@ def shard(model: CrossPoint, mesh: DeviceMesh) -> CrossPoint:
 
 
 def _repeated(module: nn.Module, listed: bool = False) -> Iterator[nn.Module]:
-    """The outermost items of lists and sequences that are made of parts: residual blocks, transformer blocks."""
-    container = type(module) in (nn.Sequential, nn.ModuleList)
+    """The outermost items of lists and sequences that are made of parts: residual blocks, transformer blocks.
+
+    timm and transformers have lists of blocks in a class of their own, a stage, as which its name shows it.
+    """
+    container = type(module) in (nn.Sequential, nn.ModuleList) or type(module).__name__.endswith("Stage")
     if listed and not container and any(True for _ in module.children()):
         yield module
         return

@@ -136,3 +136,16 @@ def test_blocks_of_a_resnet():
     names = {module: name for name, module in encoder.named_modules()}
     found = [names[block] for block in _repeated(encoder)]
     assert len(found) == 16 and found[0] == "layer1.0" and found[-1] == "layer4.2"
+
+
+def test_blocks_of_stages():
+    """As timm has them: a list of modules that have a list of blocks."""
+
+    class TinyStage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.downsample = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+            self.blocks = nn.Sequential(_BasicBlock(8, 8, 1), _BasicBlock(8, 8, 1))
+
+    encoder = nn.Sequential(TinyStage(), TinyStage())
+    assert [type(block) for block in _repeated(encoder)] == [_BasicBlock] * 4
