@@ -261,8 +261,9 @@ def summarise(
 def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
     """The largest batch whose step a process of `most` bytes gets through, by trial: `batch` ran, `too_large` did not.
 
-    Memory grows by the same amount with every cloud, so the first trial after two small ones is near; from there on by
-    steps of a sixteenth, doubled each time, until the two are a sixteenth apart.
+    Memory grows by the same amount with every cloud, once these take more than the optimizer does, which a few may not.
+    So the first trial after two such batches is near; from there on by steps of a sixteenth, doubled each time, until the
+    two are a sixteenth apart.
     """
 
     def trial(batch: int) -> dict | None:
@@ -278,25 +279,39 @@ def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
         finally:
             worker.stop()
 
-    if (two := trial(2)) is None:
-        return {"batch": None, "too_large": 2}
-    if (four := trial(4)) is None:
-        return {"batch": 2, "too_large": 4}
-    each = max(1, (four["peak_bytes"] - two["peak_bytes"]) // 2)
-    fits, too_large = 4, None
-    guess = max(5, 4 + int((most - four["held_bytes"] - four["peak_bytes"]) / each))
+    measured: list[tuple[int, int]] = []
+    batch, too_large = 2, None
+    while too_large is None:
+        if (found := trial(batch)) is None:
+            too_large = batch
+            break
+        measured.append((batch, found["peak_bytes"]))
+        held = found["held_bytes"]
+        if len(measured) > 1:
+            (less, small), (fits, large) = measured[-2:]
+            if large / small > 0.6 * fits / less:
+                break
+        batch *= 2 if batch == 2 else 4
+    if len(measured) < 2:
+        return {"batch": measured[0][0] if measured else None, "too_large": too_large}
+    each = max(1, (large - small) // (fits - less))
+    guess = fits + max(1, int((most - held - large) / each))
+    if too_large is not None:
+        guess = min(guess, too_large - 1)
     step = max(1, guess // 16)
     for _ in range(_TRIALS):
-        if trial(guess) is None:
-            too_large = guess
-        else:
+        if fitted := trial(guess) is not None:
             fits = guess
+        else:
+            too_large = guess
         if too_large is None:
-            guess, step = fits + step, 2 * step
+            guess = fits + step
         elif too_large - fits <= max(1, fits // 16):
             break
         else:
-            guess, step = max((fits + too_large) // 2, too_large - step), 2 * step
+            middle = (fits + too_large) // 2
+            guess = min(middle, fits + step) if fitted else max(middle, too_large - step)
+        step *= 2
     return {"batch": fits, "too_large": too_large}
 
 

@@ -81,7 +81,14 @@ inline const int64_t* pointer(const Lengths& lengths) {
 }
 
 inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  try {
+    return torch::stable::new_empty(like, shape, dtype);
+  } catch (const std::exception&) {  // torch's reason does not come through the stable interface
+    std::string sizes;
+    for (int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("could not allocate a tensor of shape (" + sizes +
+                             "): out of memory, or an earlier call has failed on the device");
+  }
 }
 
 }  // namespace crosspoint::binding
