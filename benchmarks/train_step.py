@@ -262,8 +262,8 @@ def largest_batch(args: argparse.Namespace, variant: str, most: int) -> dict:
     """The largest batch whose step a process of `most` bytes gets through, by trial: `batch` ran, `too_large` did not.
 
     Memory grows by the same amount with every cloud, once these take more than the optimizer does, which a few may not.
-    So the first trial after two such batches is near; from there on by steps of a sixteenth, doubled each time, until the
-    two are a sixteenth apart.
+    So the first trial after two such batches is near; from there on by steps of a sixteenth, doubled each time, until
+    the two are a sixteenth apart.
     """
 
     def trial(batch: int) -> dict | None:
