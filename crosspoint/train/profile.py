@@ -56,9 +56,10 @@ class ProfileConfig(PretrainConfig):
 def profile(config: ProfileConfig) -> dict[str, Any]:
     """Measure; write profile.json and trace.json, print a table, return what profile.json holds.
 
-    Keys: pipeline (pairs per second of loading alone, as fast as it goes), step (pairs per second of whole steps,
-    seconds of one), parts (name -> milliseconds of the host in a step, and of the GPU where there is one), operators
-    (those that take longest by themselves: name, calls in a step, milliseconds), config.
+    Keys: pipeline (pairs per second of loading alone, as fast as it goes; without worker processes also the processor
+    time of a pair, which other programs change less), step (pairs per second of whole steps, seconds of one), parts
+    (name -> milliseconds of the host in a step, and of the GPU where there is one), operators (those that take longest
+    by themselves: name, calls in a step, milliseconds), config.
 
     Raises ValueError for options that cannot work, fewer steps in the training than are to be measured, and several
     processes; FileNotFoundError where there is no data.
@@ -87,15 +88,19 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     return results
 
 
-def _load(run: Run, config: ProfileConfig) -> dict[str, float]:
+def _load(run: Run, config: ProfileConfig) -> dict[str, float | None]:
     """Loading alone; the first batch, for which worker processes start, is not counted."""
     batches = run.batches()
     next(batches)
-    started, count = time.perf_counter(), 0
+    started, cpu_started, count = time.perf_counter(), time.process_time(), 0
     for batch in itertools.islice(batches, config.warm_up + config.steps - 1):
         count += len(batch["index"])
-    seconds = time.perf_counter() - started
-    return {"pairs_per_second": count / seconds if count else 0.0, "workers": config.workers}
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {
+        "pairs_per_second": count / seconds if count else 0.0,
+        "cpu_ms_per_pair": 1e3 * cpu_seconds / count if count and config.workers == 0 else None,
+        "workers": config.workers,
+    }
 
 
 def _take_steps(run: Run, config: ProfileConfig, out: Path) -> dict[str, Any]:
@@ -153,11 +158,14 @@ def _take_steps(run: Run, config: ProfileConfig, out: Path) -> dict[str, Any]:
 
 def format_table(results: dict[str, Any]) -> str:
     """profile.json as a table for the terminal."""
-    step = results["step"]
+    step, loading = results["step"], results["pipeline"]
     whole = 1e3 * step["seconds"]
+    cpu = (
+        "" if loading["cpu_ms_per_pair"] is None else f", {loading['cpu_ms_per_pair']:.3f} ms of a core each"
+    )
     lines = [
         f"{whole:.1f} ms a step, {step['pairs_per_second']:.1f} pairs/s; loading alone "
-        f"{results['pipeline']['pairs_per_second']:.1f} pairs/s",
+        f"{loading['pairs_per_second']:.1f} pairs/s{cpu}",
         "",
         f"{'part of a step':<40}{'host ms':>10}{'share':>8}{'GPU ms':>10}",
     ]

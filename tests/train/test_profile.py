@@ -30,7 +30,7 @@ def test_parts_add_up_to_a_step(data, tmp_path, capsys):
     assert all(part["host_ms"] > 0 and part["gpu_ms"] is None for part in parts.values())
     assert sum(part["host_ms"] for part in parts.values()) < 1e3 * step["seconds"]
     assert step["pairs_per_second"] == pytest.approx(4 / step["seconds"])
-    assert results["pipeline"]["pairs_per_second"] > 0
+    assert results["pipeline"]["pairs_per_second"] > 0 and results["pipeline"]["cpu_ms_per_pair"] > 0
     calls = {row["name"]: row["calls"] for row in results["operators"]}
     assert len(calls) == 12 and all(row["ms"] > 0 for row in results["operators"])
     assert sum(row["ms"] for row in results["operators"]) < 1e3 * step["seconds"]
@@ -40,13 +40,14 @@ def test_parts_add_up_to_a_step(data, tmp_path, capsys):
     assert sum(event.get("name") == "forward" for event in trace) == 3
     assert not (tmp_path / "state.pt").exists()
     said = capsys.readouterr().out
-    assert format_table(results) in said
+    assert format_table(results) in said and " ms of a core each" in said
     assert said.count("%") == len(parts) + 1 + 12
 
 
 def test_a_step_in_parts(data, tmp_path):
     results = profile(config_of(data, tmp_path, part_size=2, steps=1, warm_up=0))
     assert list(results["parts"]) == ["wait for data", "augment", "forward and backward", "optimizer"]
+    assert results["pipeline"]["cpu_ms_per_pair"] is None  # no batch after the first
 
 
 @pytest.mark.parametrize(
