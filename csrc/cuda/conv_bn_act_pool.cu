@@ -102,6 +102,17 @@ struct Block {
     return threadIdx.x / kWarp / K::row_warps * kWarp + fragment * 8 + lane_id() % 4 * 2 + i % 2;
   }
 
+  // Calls f(row in the tile, column in the tile, value) for every element that this thread holds.
+  template <class F>
+  __device__ __forceinline__ static void each(const Sum& sum, F&& f) {
+#pragma unroll
+    for (int m = 0; m < fragments; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnFragments; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) f(row_of(m, i), column_of(n, i), sum.v[m][n][i]);
+  }
+
   // Word e of an operand's step: consecutive threads go along what is consecutive in memory.
   template <bool along_depth, int lines>
   __device__ static void place_of(int e, int& line, int& word) {
@@ -403,17 +414,12 @@ __global__ void __launch_bounds__(Block<product>::threads, Block<product>::block
                 first += double(total);
               });
   T* gram = static_cast<T*>(args.gram) + part * C * C;
-#pragma unroll
-  for (int m = 0; m < B::fragments; ++m)
-#pragma unroll
-    for (int n = 0; n < kColumnFragments; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t a = left + B::row_of(m, i), c = right + B::column_of(n, i);
-        if (a > c || c >= C) continue;
-        gram[a * C + c] = sum.v[m][n][i];
-        gram[c * C + a] = sum.v[m][n][i];
-      }
+  B::each(sum, [&](int row, int column, T value) {
+    const int64_t a = left + row, c = right + column;
+    if (a > c || c >= C) return;
+    gram[a * C + c] = value;
+    gram[c * C + a] = value;
+  });
   if (totals && right + threadIdx.x < C) args.first[part * C + right + threadIdx.x] = first;
 }
 
@@ -624,17 +630,11 @@ __global__ void __launch_bounds__(Block<product>::threads, Block<product>::block
                   Matrix<T, W, B::depth, false>{static_cast<const W*>(args.square), points.channels, points.channels, column},
                   0, (points.channels + B::depth - 1) / B::depth, sum);
   }
-#pragma unroll
-  for (int m = 0; m < B::fragments; ++m)
-#pragma unroll
-    for (int n = 0; n < kColumnFragments; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = first + B::row_of(m, i), c = column + B::column_of(n, i);
-        if (row < points.n && c < points.channels)
-          narrow(row < first + valid ? sum.v[m][n][i] : T(0),
-                 static_cast<X*>(args.out) + (b * points.n + row) * points.channels + c);
-      }
+  B::each(sum, [&](int row, int in_tile, T value) {
+    const int64_t i = first + row, c = column + in_tile;
+    if (i < points.n && c < points.channels)
+      narrow(i < first + valid ? value : T(0), static_cast<X*>(args.out) + (b * points.n + i) * points.channels + c);
+  });
 }
 
 template <Product product, class X>
@@ -654,15 +654,10 @@ __global__ void __launch_bounds__(Block<product>::threads, Block<product>::block
   B::multiply(shared, GradientColumns<T, X, B::depth>(points, steps, gradient, left),
               Columns<T, X, B::depth>(points, steps, right), begin, end, sum);
   T* out = static_cast<T*>(args.out) + part * args.c_out * points.channels;
-#pragma unroll
-  for (int m = 0; m < B::fragments; ++m)
-#pragma unroll
-    for (int n = 0; n < kColumnFragments; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t a = left + B::row_of(m, i), c = right + B::column_of(n, i);
-        if (a < args.c_out && c < points.channels) out[a * points.channels + c] = sum.v[m][n][i];
-      }
+  B::each(sum, [&](int row, int column, T value) {
+    const int64_t a = left + row, c = right + column;
+    if (a < args.c_out && c < points.channels) out[a * points.channels + c] = value;
+  });
 }
 
 // ---- launches
