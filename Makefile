@@ -9,7 +9,7 @@ comma := ,
 # The part of the operators' battery that compares values.
 VALUES := matches_reference and (float32 or float64) or repeatable
 # The part of it that interprets Triton kernels in a few minutes.
-INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles \
+INTERPRETED := forward and not float16 or gradients and float32 and not TestKnnGraph or gradcheck or opcheck or compiles and static \
   or strides or asked_for or zero_gradient or not_finite or padding or far_offsets
 # Of the tests beside the battery of the contrastive losses.
 CONTRAST := contrast_precision or half_types or parts_make and 0.2 or visit and 0.2 or tiny or adds_up_too or ring or triton_equals
