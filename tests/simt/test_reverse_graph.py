@@ -38,7 +38,18 @@ def check(idx: np.ndarray, n: int, start: np.ndarray, edges: np.ndarray) -> None
 
 @pytest.mark.parametrize(
     ("batch", "nodes", "k", "n"),
-    [(2, 30, 4, 30), (1, 1, 1, 1), (3, 20, 7, 5), (1, 40, 60, 300), (1, 700, 4, 700), (1, 0, 3, 4)],
+    [
+        (2, 30, 4, 30),
+        (1, 1, 1, 1),
+        (3, 20, 7, 5),
+        (1, 40, 60, 300),
+        (1, 700, 4, 700),
+        (1, 0, 3, 4),
+        (2, 1024, 3, 1024),
+        (1, 20, 90, 3072),  # with fewer warps, for there are more counters
+        (2, 40, 60, 3073),  # too many of them: sorted
+        (1, 1, 3, 0),
+    ],
 )
 def test_edges_come_by_target_then_in_order(device, batch, nodes, k, n):
     random = np.random.default_rng(nodes)
@@ -49,11 +60,11 @@ def test_edges_come_by_target_then_in_order(device, batch, nodes, k, n):
         check(idx, n, *reverse(device, idx, n, order))
 
 
-def test_many_tiles_are_summed_first(device):
-    """By sort_sum, a launch more in each of two passes."""
-    few, many = (np.random.default_rng(0).integers(-1, 500, (1, nodes, 90)) for nodes in (20, 3000))
-    before = device.counts()["launches"]
-    check(few, 500, *reverse(device, few, 500, (0, 1)))
-    between = device.counts()["launches"]
-    check(many, 500, *reverse(device, many, 500, (0, 1)))
-    assert (between - before, device.counts()["launches"] - between) == (4, 6)
+def test_launches(device):
+    """One for a cloud that a block holds; four that sort; many tiles are summed first, by a launch more in each of two
+    passes."""
+    for nodes, n, expected in ((20, 500, 1), (20, 5000, 4), (3000, 500, 6)):
+        idx = np.random.default_rng(0).integers(-1, n, (1, nodes, 90))
+        before = device.counts()["launches"]
+        check(idx, n, *reverse(device, idx, n, (0, 1)))
+        assert device.counts()["launches"] - before == expected
