@@ -182,6 +182,7 @@ TUNED = {
     "reverse_graph.cu": {
         "list_edges": (256, 6),
         "mark_starts": (256, 6),
+        "sort_cloud": (512, 4),
     },
     "radix_sort.cu": {
         "sort_sum": (1024, 1),
