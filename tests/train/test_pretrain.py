@@ -521,6 +521,16 @@ def test_a_rate_too_high_is_told_from_bad_data(data, tmp_path):
         replay(folder)
 
 
+def test_no_room_for_what_led_to_it(data, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "state.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(
+        FloatingPointError, match=r"could not be saved \(the checkpoint .* No space left .* lower --lr"
+    ):
+        pretrain(tiny_config(data, out, lr=1e30, checkpoint_every=100))
+
+
 def test_a_full_disk_keeps_the_former_checkpoint(data, finished, tmp_path, monkeypatch):
     out = tmp_path / "full"
     original = pretrain_module.save_state
