@@ -9,7 +9,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-device=cuda only=() tests=tests/ops out=
+device=cuda only=() tests="tests/ops tests/train/test_capture.py" out=
 while [ $# -gt 0 ]; do
   case $1 in
     --rehearse) device=cpu ;;

@@ -27,6 +27,8 @@ _MAY_CHANGE = {
     "exchange",
     "parallel",
     "activation_checkpointing",
+    "channels_last",
+    "cuda_graph",
     "checkpoint_every",
     "log_every",
 }
@@ -69,9 +71,11 @@ class TrainState(Progress):
 
 
 def _like(value: Tensor, target: Tensor | None) -> Tensor:
-    """This rank's part, where the target is sharded (a DTensor)."""
-    if not hasattr(target, "device_mesh"):
+    """This rank's part, where the target is sharded (a DTensor); else in the target's order in memory."""
+    if target is None:
         return value
+    if not hasattr(target, "device_mesh"):
+        return torch.empty_like(target, dtype=value.dtype, device=value.device).copy_(value)
     from torch.distributed.tensor import distribute_tensor
 
     whole = value.to(target.device)

@@ -81,6 +81,12 @@ class PretrainConfig:
     "cuda:1"."""
     amp: bool = False
     """Compute the forward pass in bfloat16 where autocast allows it."""
+    channels_last: bool = False
+    """Keep images and the image encoder's weights in the order NHWC, which tensor cores read. The same numbers, to
+    rounding; but dropout of feature maps, which the ResNets do not have, draws in that order."""
+    cuda_graph: bool = False
+    """Launch the kernels of a step's forward and backward passes as one CUDA graph: for steps that are short for what
+    their launches take. One process with a GPU."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: one after every epoch. The end always gets one."""
     log_every: int = 10
@@ -101,6 +107,16 @@ class PretrainConfig:
             ("lr_scaling", self.lr_scaling in ("none", "linear", "sqrt"), "be 'none', 'linear' or 'sqrt'"),
             ("exchange", self.exchange in ("gather", "ring"), "be 'gather' or 'ring'"),
             ("parallel", self.parallel in ("ddp", "fsdp"), "be 'ddp' or 'fsdp'"),
+            (
+                "channels_last",
+                not (self.channels_last and self.parallel == "fsdp"),
+                "be off with parallel 'fsdp', which keeps shares of contiguous weights",
+            ),
+            (
+                "cuda_graph",
+                not (self.cuda_graph and (self.part_size is not None or self.activation_checkpointing)),
+                "be off with part_size and with activation_checkpointing, which save random states on the host",
+            ),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (
                 "part_size",

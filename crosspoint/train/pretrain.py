@@ -40,6 +40,7 @@ from crosspoint.data.prepare import GENERATED, PrepareConfig, prepare
 from crosspoint.models import checkpoints
 from crosspoint.models.blocks import checkpoint_activations, shard
 from crosspoint.train.cached import cached_backward
+from crosspoint.train.capture import CapturedStep
 from crosspoint.train.card import write_card
 from crosspoint.train.checkpoint import (
     Progress,
@@ -93,6 +94,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, resume=True)
     out = Path(config.out)
     with joined(config.device) as ranks:
+        if config.cuda_graph and (ranks.device.type != "cuda" or ranks.world > 1):
+            raise ValueError(
+                f"cuda_graph needs one process with a GPU, got {ranks.world} on {ranks.device.type!r}: leave it off"
+            )
         if config.batch_size < ranks.world:
             raise ValueError(
                 f"batch_size must be at least {ranks.world}, one shape a rank, got {config.batch_size}"
@@ -131,6 +136,8 @@ class Run:
         self.cloud_augmentation = CloudAugmentation(up=config.up)
         self.image_augmentation = ImageAugmentation(size=config.image_size, crop=config.crop)
         self.step, self.metrics, self.seconds = 0, {}, 0.0
+        if config.channels_last:
+            self.model.image_encoder.to(memory_format=torch.channels_last)  # which the images follow
         if ranks.world > 1:
             self.model.synchronise(exchange=config.exchange)
         if config.activation_checkpointing:
@@ -147,6 +154,7 @@ class Run:
         self.optimizer = make_optimizer(config, self.model.parameters())
         if state is not None:
             self._restore(state)
+        self.passes = CapturedStep(self._passes, self.model) if config.cuda_graph else self._passes
 
     def train(self) -> dict[str, Any]:
         config = self.config
@@ -229,13 +237,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
-        output = self._backward(view1, view2, images)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.sharded:
-            norm = norm.full_tensor()
-        values = torch.stack([output.loss, output.intra_modal, output.cross_modal, norm]).tolist()
+        values = self.passes(view1, view2, images).tolist()
         metrics = dict(zip(("loss", "intra_modal", "cross_modal", "grad_norm"), values, strict=True))
         if not all(map(math.isfinite, values)):
             for buffer, former in zip(self.model.buffers(), buffers, strict=True):
@@ -245,11 +247,24 @@ class Run:
             self.optimizer.step()
         return {**metrics, "lr": lr}
 
+    def _passes(self, view1: Tensor, view2: Tensor, images: Tensor) -> Tensor:
+        """Gradients of all parameters, the same on all ranks; (loss, intra_modal, cross_modal, grad_norm)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        output = self._backward(view1, view2, images)
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if self.sharded:
+            norm = norm.full_tensor()
+        return torch.stack([output.loss, output.intra_modal, output.cross_modal, norm]).detach()
+
     def _backward(self, view1: Tensor, view2: Tensor, images: Tensor) -> models.CrossPointOutput:
-        """The losses of the step; parameters get their gradients, the same on all ranks."""
+        """The losses of the step; parameters get their gradients."""
 
         def autocast() -> torch.autocast:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
+            # Narrowed weights that it kept would be those of the capture at every replay.
+            kept = not self.config.cuda_graph
+            return torch.autocast(
+                self.device.type, dtype=torch.bfloat16, enabled=self.config.amp, cache_enabled=kept
+            )
 
         if self.config.part_size is None:
             with record_function("forward"), autocast():

@@ -585,6 +585,43 @@ def test_activation_checkpointing_changes_no_number(data, finished, tmp_path):
     assert_same_weights(finished[0], out)
 
 
+def test_channels_last_changes_the_order_in_memory_alone(data, tmp_path, monkeypatch):
+    """And a run may go on with it or without."""
+    orders, build = [], pretrain_module.models.build
+
+    def without_dropout(config):  # which draws in that order
+        model = build(config)
+        model.image_encoder.layers[3].p = 0
+        return model
+
+    monkeypatch.setattr(pretrain_module.models, "build", without_dropout)
+    pretrain(tiny_config(data, tmp_path / "contiguous"))
+    restore = pretrain_module.Run._restore
+
+    def look(self, state):
+        restore(self, state)
+        weight = self.model.image_encoder.layers[0].weight
+        moment = self.optimizer.state[weight]["exp_avg"]
+        orders.append([t.is_contiguous(memory_format=torch.channels_last) for t in (weight, moment)])
+
+    monkeypatch.setattr(pretrain_module.Run, "_restore", look)
+    out = tmp_path / "run"
+    config = tiny_config(data, out)
+    save = pretrain_module.Run._save
+    for stop, channels_last in ((2, False), (4, True)):
+        monkeypatch.setattr(pretrain_module.Run, "_save", stop_after(stop, save))
+        with pytest.raises(InterruptedError):
+            pretrain(replace(config, resume=True, channels_last=channels_last))
+    monkeypatch.setattr(pretrain_module.Run, "_save", save)
+    pretrain(replace(config, resume=True))
+    assert orders == [[True, True], [False, False]]
+    for one, other in zip(
+        *(read_log(folder / "log.jsonl") for folder in (tmp_path / "contiguous", out)), strict=True
+    ):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
 def test_trains(data, tmp_path):
     out = tmp_path / "long"
     pretrain(tiny_config(data, out, epochs=15, checkpoint_every=100))
