@@ -28,6 +28,7 @@ _MAY_CHANGE = {
     "parallel",
     "activation_checkpointing",
     "channels_last",
+    "compile",
     "cuda_graph",
     "checkpoint_every",
     "log_every",

@@ -81,6 +81,9 @@ class PretrainConfig:
     "cuda:1"."""
     amp: bool = False
     """Compute the forward pass in bfloat16 where autocast allows it."""
+    compile: bool = False
+    """Compile the passes of the model and its losses by torch.compile, as one graph. The same numbers, to rounding; but
+    dropout is drawn otherwise. One process."""
     channels_last: bool = False
     """Keep images and the image encoder's weights in the order NHWC, which tensor cores read. The same numbers, to
     rounding; but dropout of feature maps, which the ResNets do not have, draws in that order."""
@@ -116,6 +119,16 @@ class PretrainConfig:
                 "cuda_graph",
                 not (self.cuda_graph and (self.part_size is not None or self.activation_checkpointing)),
                 "be off with part_size and with activation_checkpointing, which save random states on the host",
+            ),
+            (
+                "compile",
+                not (self.compile and (self.part_size is not None or self.activation_checkpointing)),
+                "be off with part_size and with activation_checkpointing, which go through the model in pieces",
+            ),
+            (
+                "compile",
+                not (self.compile and self.cuda_graph),
+                "be off with cuda_graph: nobody has tried both",
             ),
             ("up", self.up in ("y", "z"), "be 'y' or 'z'"),
             (

@@ -67,6 +67,8 @@ log = logging.getLogger(__name__)
 # One stream of random numbers per purpose.
 _INIT, _SHUFFLE, _STEP, _AUGMENT = range(4)
 
+_COMPILER = "inductor"
+
 # The state in the run folder: a file, or a folder to which every rank writes its share of a sharded one.
 _WHOLE, _SHARDED = "state.pt", "state"
 
@@ -97,6 +99,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         if config.cuda_graph and (ranks.device.type != "cuda" or ranks.world > 1):
             raise ValueError(
                 f"cuda_graph needs one process with a GPU, got {ranks.world} on {ranks.device.type!r}: leave it off"
+            )
+        if config.compile and ranks.world > 1:
+            raise ValueError(
+                f"compile needs one process, got {ranks.world}, whose exchanges no graph goes across: leave it off"
             )
         if config.batch_size < ranks.world:
             raise ValueError(
@@ -151,6 +157,9 @@ class Run:
                 self.model,
                 find_unused_parameters=not config.model.cross_weight,  # the image encoder's
             )
+        self.forward = self.averaging or self.model
+        if config.compile:  # a break of the graph is an error
+            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, backend=_COMPILER)
         self.optimizer = make_optimizer(config, self.model.parameters())
         if state is not None:
             self._restore(state)
@@ -268,7 +277,7 @@ class Run:
 
         if self.config.part_size is None:
             with record_function("forward"), autocast():
-                output = (self.averaging or self.model)(view1, view2, images)
+                output = self.forward(view1, view2, images)
             with record_function("backward"):
                 output.loss.backward()
             return output

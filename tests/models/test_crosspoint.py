@@ -224,3 +224,34 @@ def test_build_follows_the_config_and_the_seed():
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), models[1].state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        ({}, 1),
+        ({"cross_weight": 0}, 1),
+        ({"intra_weight": 0, "freeze_image_encoder": True}, 2),
+        ({"point_encoder": "pointnet"}, 1),
+        ({"point_encoder": "dgcnn_part"}, 1),
+        ({"point_encoder": "dgcnn_semantic"}, 1),
+    ],
+    ids=str,
+)
+def test_compiles_as_one_graph(options, views):
+    """With its losses, both passes: the same loss, gradients and running statistics."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        config = CrossPointConfig(k=4, image_encoder="resnet18", projection_dim=16, **options)
+        model = build(config).double()
+        view1, view2, _ = _batch()
+        images = torch.randn(B, *[views] * (views > 1), 3, 32, 32, dtype=torch.float64)
+        torch._dynamo.reset()
+        run = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else model
+        torch.manual_seed(2)  # of dropout
+        loss = run(view1, view2, images).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append({"loss": loss.detach(), **gradients, **dict(model.named_buffers())})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-12)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import multiprocessing
@@ -31,6 +32,7 @@ from crosspoint.train.config import load_config
 from crosspoint.train.log import read_log
 from crosspoint.train.nonfinite import load_batch, replay
 from crosspoint.train.optim import learning_rate
+from crosspoint.train.ranks import Ranks
 from tiny_run import BATCH, EPOCHS, SHAPES, STEPS, pretrain_module, tiny_config
 
 ROOT = Path(tiny_run.__file__).parents[2]
@@ -426,6 +428,8 @@ def test_no_data_says_what_is_expected(tmp_path):
         ({"exchange": "tree"}, "exchange must be 'gather' or 'ring'"),
         ({"parallel": "fsdp1"}, "parallel must be 'ddp' or 'fsdp'"),
         ({"crop": 0.0}, "crop must be a share of the area"),
+        ({"compile": True, "part_size": 2}, "compile must be off with part_size"),
+        ({"compile": True, "cuda_graph": True}, "compile must be off with cuda_graph"),
         ({"views": 3}, "have fewer than 3 views"),
         ({"device": "gpu"}, "device must be .* got 'gpu'"),
         ({"data": "generated", "up": "z"}, "built-in shapes have y up"),
@@ -620,6 +624,33 @@ def test_channels_last_changes_the_order_in_memory_alone(data, tmp_path, monkeyp
     ):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_compiled_step_is_the_step(data, tmp_path, monkeypatch, amp):
+    """As one graph, dropout included, which this compiler draws as PyTorch does; weights have a plain run's names."""
+    monkeypatch.setattr(pretrain_module, "_COMPILER", "aot_eager")
+    pretrain(tiny_config(data, tmp_path / "plain", epochs=1, amp=amp))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    pretrain(tiny_config(data, tmp_path / "compiled", epochs=1, amp=amp, compile=True))
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    plain, compiled = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "compiled"))
+    for one, other in zip(plain, compiled, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("compile", "compile needs"), ("cuda_graph", "cuda_graph needs")]
+)
+def test_several_processes_refuse_what_one_can(data, tmp_path, monkeypatch, option, message):
+    two = Ranks(torch.device("cpu"), rank=0, world=2)
+    monkeypatch.setattr(pretrain_module, "joined", lambda device: contextlib.nullcontext(two))
+    with pytest.raises(ValueError, match=f"{message} one process.* got 2"):
+        pretrain(tiny_config(data, tmp_path / "run", **{option: True}))
 
 
 def test_trains(data, tmp_path):
