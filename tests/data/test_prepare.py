@@ -149,7 +149,7 @@ def test_complete_shapes_are_kept_and_incomplete_ones_redone(meshes, tmp_path):
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 import PIL.Image
 import crosspoint.data.prepare as module
@@ -181,6 +181,7 @@ def save_half_view(image, path, **options):
 module.load_mesh, module.write_points, PIL.Image.Image.save = load, write_half_cloud, save_half_view
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
     module.prepare(module.PrepareConfig(
         sys.argv[1], sys.argv[2], points=64, views=2, image_size=32, workers=2))
 """
