@@ -60,7 +60,7 @@ from crosspoint.train.repeatable import Signals, derive_seed, isolated
 if TYPE_CHECKING:
     from crosspoint.train.sharded import ShardedState
 
-__all__ = ["Run", "open_dataset", "pretrain"]
+__all__ = ["Run", "check_ranks", "open_dataset", "pretrain"]
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +96,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, resume=True)
     out = Path(config.out)
     with joined(config.device) as ranks:
-        if config.cuda_graph and (ranks.device.type != "cuda" or ranks.world > 1):
-            raise ValueError(
-                f"cuda_graph needs one process with a GPU, got {ranks.world} on {ranks.device.type!r}: leave it off"
-            )
-        if config.compile and ranks.world > 1:
-            raise ValueError(
-                f"compile needs one process, got {ranks.world}, whose exchanges no graph goes across: leave it off"
-            )
-        if config.batch_size < ranks.world:
-            raise ValueError(
-                f"batch_size must be at least {ranks.world}, one shape a rank, got {config.batch_size}"
-            )
+        check_ranks(config, ranks)
         state = _find_state(config, out, log.info if ranks.first else log.debug)
         ranks.barrier()  # all have looked before one writes
         dataset = ranks.first_then_all(lambda: open_dataset(config, out))
@@ -120,6 +109,22 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         ranks.on_first(make_folder)
         with isolated(ranks.device):
             return Run(config, dataset, ranks, state).train()
+
+
+def check_ranks(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError, naming the option, if a value cannot work with these processes and their device."""
+    if config.cuda_graph and (ranks.device.type != "cuda" or ranks.world > 1):
+        raise ValueError(
+            f"cuda_graph needs one process with a GPU, got {ranks.world} on {ranks.device.type!r}: leave it off"
+        )
+    if config.compile and ranks.world > 1:
+        raise ValueError(
+            f"compile needs one process, got {ranks.world}, whose exchanges no graph goes across: leave it off"
+        )
+    if config.batch_size < ranks.world:
+        raise ValueError(
+            f"batch_size must be at least {ranks.world}, one shape a rank, got {config.batch_size}"
+        )
 
 
 class Run:

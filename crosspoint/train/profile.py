@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from crosspoint._files import replace_file
 from crosspoint.train.config import PretrainConfig, config_to_dict
-from crosspoint.train.pretrain import Run, open_dataset
+from crosspoint.train.pretrain import Run, check_ranks, open_dataset
 from crosspoint.train.ranks import joined
 from crosspoint.train.repeatable import isolated
 
@@ -68,6 +68,7 @@ def profile(config: ProfileConfig) -> dict[str, Any]:
     with joined(config.device) as ranks:
         if ranks.world > 1:
             raise ValueError(f"one process makes a profile, got {ranks.world}")
+        check_ranks(config, ranks)
         out = Path(config.out)
         dataset = open_dataset(config, out)
         out.mkdir(parents=True, exist_ok=True)

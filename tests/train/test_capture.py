@@ -1,14 +1,20 @@
-"""A step as a CUDA graph. Without a GPU its calls run again in the graph's place, on the same memory."""
+"""A step as a CUDA graph. Without a GPU its operators run again in the graph's place, on the same memory."""
+
+import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from crosspoint.models import CrossPointConfig
 from crosspoint.train import PretrainConfig, capture, pretrain
 from crosspoint.train.checkpoint import load_state
 from crosspoint.train.log import read_log
 from crosspoint.train.pretrain import Run, open_dataset
+from crosspoint.train.profile import ProfileConfig, _take_steps
 from crosspoint.train.ranks import Ranks
 from crosspoint.train.repeatable import isolated
 from tiny_run import STEPS, build_tiny, pretrain_module, tiny_config, write_pairs
@@ -19,18 +25,82 @@ def data(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
+class Recorded(TorchDispatchMode):
+    """A CUDA graph for the CPU: a replay runs the operators of the capture again, on the same memory, and no Python.
+
+    What the capture itself changed is put back, as capturing on a GPU runs nothing; what waits for a device fails.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.known, self.former = [], set(), []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operator.tags)
+        assert not waits, f"{operator} waits for the device"
+        for tensor in self.unknown((arguments, options)):
+            self.former.append((tensor, tensor.clone()))
+        result = operator(*arguments, **(options or {}))
+        list(self.unknown(result))
+        if operator.namespace != "profiler":  # which is the host's
+            self.calls.append((operator, arguments, options or {}, result))
+        return result
+
+    def unknown(self, tree):
+        for tensor in tensors(tree):
+            if (memory := tensor.untyped_storage().data_ptr()) not in self.known:
+                self.known.add(memory)
+                yield tensor
+
+    def replay(self):
+        with torch.no_grad():
+            for operator, arguments, options, kept in self.calls:
+                for own, new in zip(tensors(kept), tensors(operator(*arguments, **options)), strict=True):
+                    if own.data_ptr() != new.data_ptr():
+                        own.copy_(new)
+
+
+def tensors(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 @pytest.fixture
-def rerun(monkeypatch):
-    """Captures that only remember the function; they are counted."""
-    captured = []
+def graphs(monkeypatch):
+    """torch.cuda's part in a capture, on the CPU; what was captured."""
+    made, current = [], []
 
-    def remember(function, model):
-        captured.append(function)
-        result = torch.full((4,), torch.nan)
-        return result, lambda: result.copy_(function())
+    @contextlib.contextmanager
+    def device(index):
+        current.append(torch.device(index))
+        yield
+        current.pop()
 
-    monkeypatch.setattr(capture, "capture", remember)
-    return captured
+    @contextlib.contextmanager
+    def graph(recorded, capture_error_mode):
+        assert current, "a graph is of the current device"
+        assert capture_error_mode == "thread_local", "the loader's thread pins memory"
+        made.append(recorded)
+        state = torch.get_rng_state()
+        with recorded:
+            yield
+        torch.set_rng_state(state)
+        for tensor, value in recorded.former:
+            tensor.detach().copy_(value)
+
+    def stream():
+        assert current, "a stream is of the current device"
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    for name, stand_in in (
+        ("device", device),
+        ("graph", graph),
+        ("CUDAGraph", Recorded),
+        ("Stream", stream),
+        ("current_stream", stream),
+        ("stream", contextlib.nullcontext),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return made
 
 
 def train(config: PretrainConfig) -> None:
@@ -40,13 +110,13 @@ def train(config: PretrainConfig) -> None:
         Run(config, open_dataset(config, config.out), Ranks(device), None).train()
 
 
-def test_a_captured_step_is_the_step(data, tmp_path, monkeypatch, rerun):
+def test_a_captured_step_is_the_step(data, tmp_path, monkeypatch, graphs):
     """Its inputs are copied to where the capture read them, and gradients are where the optimizer finds them."""
     monkeypatch.setattr(pretrain_module.models, "build", build_tiny)
     for name, captured in (("plain", False), ("captured", True)):
         (tmp_path / name).mkdir()
         train(tiny_config(data, tmp_path / name, cuda_graph=captured))
-    assert len(rerun) == 1
+    assert len(graphs) == 1
     records = [read_log(tmp_path / name / "log.jsonl") for name in ("plain", "captured")]
     assert len(records[0]) == STEPS
     for plain, captured in zip(*records, strict=True):
@@ -55,7 +125,23 @@ def test_a_captured_step_is_the_step(data, tmp_path, monkeypatch, rerun):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_other_shapes_are_refused(rerun):
+def test_what_waits_is_seen(graphs):
+    step = capture.CapturedStep(lambda x: x * float(x.sum()), nn.Identity())
+    with pytest.raises(AssertionError, match=r"aten\._local_scalar_dense\.default waits for the device"):
+        step(torch.ones(2, 3))
+
+
+def test_a_profile_names_the_replays(data, tmp_path, monkeypatch, graphs):
+    monkeypatch.setattr(pretrain_module.models, "build", build_tiny)
+    config = ProfileConfig(**vars(tiny_config(data, tmp_path, cuda_graph=True)) | {"steps": 2, "warm_up": 1})
+    device = torch.device("cpu")
+    with isolated(device):
+        run = Run(config, open_dataset(config, config.out), Ranks(device), None)
+        found = _take_steps(run, config, tmp_path)
+    assert list(found["parts"]) == ["wait for data", "augment", "forward and backward", "optimizer"]
+
+
+def test_other_shapes_are_refused(graphs):
     step = capture.CapturedStep(lambda x: x.sum().expand(4), nn.Identity())
     assert step(torch.ones(2, 3)).tolist() == [6] * 4 and step(torch.zeros(2, 3)).tolist() == [0] * 4
     with pytest.raises(ValueError, match=r"takes tensors of shapes \[\(2, 3\)\], got \[\(4, 3\)\]"):
@@ -103,3 +189,14 @@ def test_a_graph_on_cuda_is_the_step():
     for name, value in weights.items():
         if "running" in name:
             torch.testing.assert_close(other_weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pretraining_on_cuda_is_captured(data, tmp_path, monkeypatch):
+    """Beside a loader's thread that pins memory; dropout draws what a plain run draws, from the first step on."""
+    monkeypatch.setattr(pretrain_module.models, "build", build_tiny)
+    for name, captured in (("plain", False), ("captured", True)):
+        pretrain(tiny_config(data, tmp_path / name, device="cuda", workers=1, cuda_graph=captured))
+    plain, captured = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "captured"))
+    for one, other in zip(plain, captured, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)

@@ -96,4 +96,5 @@ def test_choice_of_optimizer():
     parameters = [torch.zeros(2, requires_grad=True)]
     assert isinstance(make_optimizer(PretrainConfig(optimizer="lars"), parameters), LARS)
     assert isinstance(make_optimizer(PretrainConfig(optimizer="lamb"), parameters), LAMB)
-    assert isinstance(make_optimizer(PretrainConfig(), parameters), torch.optim.Adam)
+    adam = make_optimizer(PretrainConfig(), parameters)
+    assert isinstance(adam, torch.optim.Adam) and adam.defaults["fused"]

@@ -57,6 +57,7 @@ def test_a_step_in_parts(data, tmp_path):
         ({"steps": STEPS}, f"the training has {STEPS} steps, fewer than warm_up"),
         ({"resume": True}, "resume must be off"),
         ({"points": 0}, "points must be at least"),
+        ({"cuda_graph": True}, "cuda_graph needs one process with a GPU, got 1 on 'cpu'"),
     ],
 )
 def test_options_that_cannot_work(data, tmp_path, changes, message):
