@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -163,8 +164,8 @@ class Run:
                 find_unused_parameters=not config.model.cross_weight,  # the image encoder's
             )
         self.forward = self.averaging or self.model
-        if config.compile:  # a break of the graph is an error
-            self.forward = torch.compile(self.model, fullgraph=True, dynamic=False, backend=_COMPILER)
+        if config.compile:
+            self.forward = _compiled(self.model)
         self.optimizer = make_optimizer(config, self.model.parameters())
         if state is not None:
             self._restore(state)
@@ -401,6 +402,17 @@ class Run:
             )
         state.restore(self.model, self.optimizer)
         self.step, self.metrics, self.seconds = state.step, state.metrics, state.seconds
+
+
+def _compiled(model: nn.Module) -> Callable[..., models.CrossPointOutput]:
+    """The model as one graph; a break is an error. Its backward pass is outside autocast, as it is uncompiled."""
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=_COMPILER)
+
+    def forward(*batch: Tensor) -> models.CrossPointOutput:
+        with functorch.patch(backward_pass_autocast="off"):  # the first call traces both passes
+            return compiled(*batch)
+
+    return forward
 
 
 class _AtEpoch(Dataset):
