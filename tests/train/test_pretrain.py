@@ -573,7 +573,7 @@ def test_loads_the_state_without_running_code(finished):
 
 
 def test_bfloat16(data, tmp_path):
-    summary = pretrain(tiny_config(data, tmp_path / "amp", amp=True, epochs=1))
+    summary = pretrain(tiny_config(data, tmp_path / "amp", amp=True, image_size=32, epochs=1))
     assert summary["loss"] > 0
     assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "amp").values())
 
@@ -634,10 +634,12 @@ def test_a_compiled_step_is_the_step(data, tmp_path, monkeypatch, amp):
         for rows in _dispatch._table.values():
             monkeypatch.setitem(rows, "native", "switched off by the test")
     monkeypatch.setattr(pretrain_module, "_COMPILER", "aot_eager")
-    pretrain(tiny_config(data, tmp_path / "plain", epochs=1, amp=amp))
+    # Of 16 pixels, bfloat16 on a CPU leaves a part of the weight gradients in the last stage unwritten (oneDNN).
+    config = tiny_config(data, tmp_path / "plain", epochs=1, image_size=32, amp=amp)
+    pretrain(config)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    pretrain(tiny_config(data, tmp_path / "compiled", epochs=1, amp=amp, compile=True))
+    pretrain(replace(config, out=str(tmp_path / "compiled"), compile=True))
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     plain, compiled = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "compiled"))
@@ -645,6 +647,22 @@ def test_a_compiled_step_is_the_step(data, tmp_path, monkeypatch, amp):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+
+
+def test_a_compiled_run_goes_on_uncompiled(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_module, "_COMPILER", "aot_eager")
+    plain = tiny_config(data, tmp_path / "plain", epochs=1)
+    pretrain(plain)
+    torch._dynamo.reset()
+    config = replace(plain, out=str(tmp_path / "run"))
+    save = pretrain_module.Run._save
+    monkeypatch.setattr(pretrain_module.Run, "_save", stop_after(1, save))
+    with pytest.raises(InterruptedError):
+        pretrain(replace(config, compile=True))
+    monkeypatch.setattr(pretrain_module.Run, "_save", save)
+    pretrain(replace(config, resume=True))
+    for name, value in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
